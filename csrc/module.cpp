@@ -1,0 +1,60 @@
+// The Python module fastformer._C. Importing it registers the operators (register_*.cpp); by itself it only
+// tells how it was built. setup.py passes the FASTFORMER_* facts.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#if __has_include("cpu/launch.h")
+#include "cpu/launch.h"
+#else
+namespace fastformer::cpu {
+inline const char* isa_level() { return "none"; }
+}  // namespace fastformer::cpu
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+#if defined(__clang__)
+constexpr const char* kCompiler = "clang++ " __clang_version__;
+#else
+constexpr const char* kCompiler = "g++ " __VERSION__;
+#endif
+
+py::list words(const std::string& text) { return py::str(text).attr("split")(); }
+
+// Facts of the CUDA half, or None where it was left out.
+py::object cuda_build() {
+#if defined(FASTFORMER_NVCC)
+  py::dict facts;
+  facts["nvcc"] = FASTFORMER_NVCC;
+  facts["archs"] = words(FASTFORMER_CUDA_ARCHS);
+  return facts;
+#else
+  return py::none();
+#endif
+}
+
+py::dict build_info() {
+  py::dict facts;
+  facts["compiler"] = kCompiler;
+  facts["torch"] = FASTFORMER_TORCH;
+  facts["isa_levels"] = words(FASTFORMER_ISA_LEVELS);
+  facts["cuda"] = cuda_build();
+#if defined(FASTFORMER_NO_CUDA)
+  facts["no_cuda"] = FASTFORMER_NO_CUDA;
+#else
+  facts["no_cuda"] = py::none();
+#endif
+  return facts;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "fastformer's compiled half: operators for the CPU and, if built in, for CUDA.";
+  m.def("build_info", &build_info, "How this extension was built: compilers, torch, levels, CUDA.");
+  m.def("cuda_build", &cuda_build, "The nvcc release and GPU architectures built in, or None.");
+  m.def("isa", &fastformer::cpu::isa_level, "The instruction set level in use on this machine.");
+}
