@@ -35,7 +35,8 @@ BUILD = Path("build", f"{sysconfig.get_platform()}-{sys.implementation.cache_tag
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CXX_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Vector loops may select instead of branch, and sqrt need not set errno. Never -ffast-math: NaN and inf are data.
-CPU_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+# A product and a sum round separately unless fma() asks otherwise: all backends owe the same bits there.
+CPU_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wno-psabi"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 X86_LEVELS = {"sse2": [], "avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS}
@@ -162,6 +163,10 @@ def _escape(words: list[str]) -> str:
     return shlex.join(words).replace("$", "$$")
 
 
+def _system_includes(*folders: str) -> list[str]:
+    return [word for folder in folders for word in ("-isystem", folder)]
+
+
 def _sources(pattern: str) -> list[Path]:
     return sorted(path.relative_to(ROOT) for path in (ROOT / "csrc").glob(pattern))
 
@@ -173,7 +178,7 @@ def write_ninja(target: Path, compiler: list[str], nvcc: Nvcc | None, no_cuda: s
 
     # The version in every command: another torch means other headers, so everything is compiled again.
     torch_version = f'-DFASTFORMER_TORCH="{importlib.metadata.version("torch")}"'
-    torch_flags = [TORCH_TARGET, torch_version, *(f"-isystem{path}" for path in include_paths())]
+    torch_flags = [TORCH_TARGET, torch_version, *_system_includes(*include_paths())]
     prefix_maps = [f"-ffile-prefix-map={path}/=" for path in include_paths()]
     cuda_sources = _sources("register_cuda.cpp") + _sources("cuda/*.cu") if nvcc else []
 
@@ -184,7 +189,7 @@ def write_ninja(target: Path, compiler: list[str], nvcc: Nvcc | None, no_cuda: s
         nvcc_command = [str(nvcc.path), "-ccbin", compiler[-1], "-std=c++20", "-O3", "-DNDEBUG", "-Icsrc"]
         nvcc_command += [f"-Xcompiler={host_flags}", "-DUSE_CUDA", *nvcc.gencode()]
         ninja.rule("nvcc", nvcc_command, "$flags -MMD -MF $out.d -c $in -o $out")
-        link = [str(nvcc.path), "-ccbin", compiler[-1], "-shared", "-cudart", "static", "-Wno-deprecated-gpu-targets"]
+        link = [str(nvcc.path), "-ccbin", compiler[-1], "-shared", "-cudart", "static", "-nodlink"]
         link += ["-Xlinker=--exclude-libs,ALL", "-Xlinker=-s", *nvcc.library_flags()]
     else:
         link = [*compiler, "-shared", "-Wl,--exclude-libs,ALL", "-s"]
@@ -197,18 +202,19 @@ def write_ninja(target: Path, compiler: list[str], nvcc: Nvcc | None, no_cuda: s
     for level, flags in reversed(isa_levels().items()):
         for source in kernels:
             ninja.compile("cxx", source, [*CPU_FLAGS, *flags, f"-DFASTFORMER_ISA={level}"], suffix=f".{level}")
+    have_levels = [f"-DFASTFORMER_HAVE_{level.upper()}" for level in isa_levels()]
     for source in _sources("cpu/*.cpp"):
         if source not in kernels:
-            ninja.compile("cxx", source, [*CPU_FLAGS, *torch_flags, *prefix_maps])
+            ninja.compile("cxx", source, [*CPU_FLAGS, *have_levels, *torch_flags, *prefix_maps])
     for source in _sources("register_cpu.cpp"):
         ninja.compile("cxx", source, [*torch_flags, *prefix_maps])
-    python_flags = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
-    facts = [torch_version, f'-DFASTFORMER_ISA_LEVELS="{" ".join(isa_levels())}"']
+    python_flags = _system_includes(pybind11.get_include(), sysconfig.get_path("include"))
+    facts = [f'-DFASTFORMER_ISA_LEVELS="{" ".join(isa_levels())}"']
     if nvcc and cuda_sources:
         facts += [f'-DFASTFORMER_NVCC="{nvcc.version}"', f'-DFASTFORMER_CUDA_ARCHS="{" ".join(nvcc.archs)}"']
     else:
         facts += [f'-DFASTFORMER_NO_CUDA="{no_cuda}"']
-    ninja.compile("cxx", Path("csrc/module.cpp"), [*python_flags, *facts])
+    ninja.compile("cxx", Path("csrc/module.cpp"), [*python_flags, *torch_flags, *prefix_maps, *facts])
     ninja.link(target)
     path = BUILD / "build.ninja"
     ninja.write(ROOT / path)
@@ -228,7 +234,9 @@ class NinjaBuild(build_ext):
             fcntl.flock(lock, fcntl.LOCK_EX)
             ninja_file = write_ninja(target, find_compiler(), nvcc, no_cuda)
             jobs = len(os.sched_getaffinity(0))
-            subprocess.run([*find_ninja(), "-f", str(ninja_file), "-j", str(jobs)], cwd=ROOT, check=True)
+            ninja = [*find_ninja(), "-f", str(ninja_file), "-j", str(jobs)]
+            if subprocess.run(ninja, cwd=ROOT).returncode:
+                raise SystemExit("fastformer: a source did not compile, see above (FASTFORMER_CUDA=0: no CUDA half)")
             destination = Path(self.get_ext_fullpath(ext.name))
             destination.parent.mkdir(parents=True, exist_ok=True)
             self.copy_file(str(ROOT / target), str(destination))

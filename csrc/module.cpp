@@ -4,13 +4,7 @@
 
 #include <string>
 
-#if __has_include("cpu/launch.h")
 #include "cpu/launch.h"
-#else
-namespace fastformer::cpu {
-inline const char* isa_level() { return "none"; }
-}  // namespace fastformer::cpu
-#endif
 
 namespace py = pybind11;
 
@@ -56,5 +50,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fastformer's compiled half: operators for the CPU and, if built in, for CUDA.";
   m.def("build_info", &build_info, "How this extension was built: compilers, torch, levels, CUDA.");
   m.def("cuda_build", &cuda_build, "The nvcc release and GPU architectures built in, or None.");
-  m.def("isa", &fastformer::cpu::isa_level, "The instruction set level in use on this machine.");
+  m.def("isa", &fastformer::cpu::isa_level, "The instruction set level in use.");
+  m.def("set_isa", &fastformer::cpu::set_isa_level, py::arg("level"),
+        "Take another level, for tests; False where it was not built or the machine lacks it.");
 }
