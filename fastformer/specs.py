@@ -69,3 +69,5 @@ class FeedForwardSpec:
 
 # x [..., E], w1 [F, E], b1 [F], w_gate [F, E], b_gate [F], w2 [E_out, F], b2 [E_out], seed int64 [1].
 FEED_FORWARD_TENSORS = ("x", "w1", "b1", "w_gate", "b_gate", "w2", "b2", "seed")
+
+TENSORS = {"attention": ATTENTION_TENSORS, "norm": NORM_TENSORS, "feed_forward": FEED_FORWARD_TENSORS}

@@ -1,0 +1,21 @@
+"""Fused Transformer kernels for PyTorch: masked attention, add-and-norm and feed-forward, on every device."""
+
+from .dispatch import Explanation, explain, use_backend
+from .errors import BackendError
+from .ops.attention import attention, scaled_dot_product_attention
+from .ops.feed_forward import feed_forward
+from .ops.norm import add_norm, layer_norm, rms_norm
+
+__all__ = [
+    "BackendError",
+    "Explanation",
+    "add_norm",
+    "attention",
+    "explain",
+    "feed_forward",
+    "layer_norm",
+    "rms_norm",
+    "scaled_dot_product_attention",
+    "use_backend",
+]
+__version__ = "0.1.0"

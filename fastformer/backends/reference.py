@@ -1,0 +1,416 @@
+"""The meaning of every operator, in plain PyTorch: what docs/contract.md says, as code.
+
+The functions here are differentiable compositions of torch operators, so that autograd, forward mode,
+vmap and double backward of any order come from torch itself. 16-bit inputs are computed in float32,
+float64 stays float64. Nothing here is fast.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..specs import AttentionSpec, FeedForwardSpec, NormSpec
+
+_WORD = 0xFFFFFFFF
+
+
+def ready() -> str | None:
+    return None
+
+
+def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
+    return None
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+
+def dropout_threshold(p: float) -> int:
+    """A 16-bit decision keeps its element iff it is at least this; 65536 drops everything."""
+    return round(p * 65536)
+
+
+def dropout_scale(p: float) -> float:
+    """What kept elements are multiplied with: one over the probability that the threshold really gives."""
+    threshold = dropout_threshold(p)
+    return 65536 / (65536 - threshold) if threshold < 65536 else 0.0
+
+
+def _multiply_wide(constant: int, words: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of constant * words, both below 2**32, without leaving int64."""
+    low = words * (constant & 0xFFFF)
+    high = words * (constant >> 16)
+    middle = low + ((high & 0xFFFF) << 16)
+    return ((high >> 16) + (middle >> 32)) & _WORD, middle & _WORD
+
+
+def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> list[Tensor]:
+    """Philox4x32 with seven rounds (Salmon et al., SC 2011): four int64 tensors of 32-bit words."""
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(7):
+        high0, low0 = _multiply_wide(0xD2511F53, c0)
+        high1, low1 = _multiply_wide(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return [c0, c1, c2, c3]
+
+
+def keep_consecutive(seed: Tensor, p: float, rows: int, columns: int) -> Tensor:
+    """norm's decisions, bool [rows, columns]: column j = 8q + 2w + e is half e of word w of call (q, row, 0, 1)."""
+    q = torch.arange((columns + 7) // 8, device=seed.device)
+    row = torch.arange(rows, device=seed.device)[:, None]
+    zero = torch.zeros_like(row)
+    words = torch.stack(philox(seed, *torch.broadcast_tensors(q, row, zero, zero + 1)), -1)  # [rows, q, w]
+    halves = torch.stack((words & 0xFFFF, words >> 16), -1)  # [rows, q, w, e]
+    return halves.flatten(1)[:, :columns] >= dropout_threshold(p)
+
+
+def keep_fragments(seed: Tensor, p: float, rows: Tensor, third: Tensor, fourth: int, columns: int) -> Tensor:
+    """attention's and feed_forward's decisions, bool [*rows.shape, columns]: column j = 32J + 8w + 2t + e is
+    half e of word w of call (4J + t, row, third, fourth), the order of an mma accumulator fragment."""
+    blocks = (columns + 31) // 32
+    call = torch.arange(4 * blocks, device=seed.device)
+    row, third = torch.broadcast_tensors(rows, third)
+    row, third = row[..., None], third[..., None]
+    fourth_word = torch.full_like(row, fourth)
+    words = torch.stack(philox(seed, *torch.broadcast_tensors(call, row, third, fourth_word)), -1)
+    words = words.unflatten(-2, (blocks, 4)).transpose(-1, -2)  # [..., J, w, t]
+    halves = torch.stack((words & 0xFFFF, words >> 16), -1)  # [..., J, w, t, e]
+    return halves.flatten(-4)[..., :columns] >= dropout_threshold(p)
+
+
+
+def _unpack(packed: Tensor, sequence: Tensor, position: Tensor, count: int, longest: int) -> Tensor:
+    """[total, H, D] to [S, H, longest, D], zeros beyond each sequence's end."""
+    padded = packed.new_zeros(count, longest, *packed.shape[1:])
+    return padded.index_put((sequence, position), packed).transpose(1, 2)
+
+
+def _places(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Of every packed token: its sequence, and its position there."""
+    token = torch.arange(total, device=cu_seqlens.device)
+    bounds = cu_seqlens.long()
+    sequence = torch.searchsorted(bounds[1:].contiguous(), token, right=True)
+    return sequence, token - bounds[sequence]
+
+
+def _visible(
+    spec: AttentionSpec,
+    shape: tuple[int, int, int, int],
+    device: torch.device,
+    mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    lengths_q: Tensor | None,
+    lengths_k: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """visible [B or 1, H or 1, M, N], and alive [B or 1, H or 1, 1, N]: the keys not masked for every query."""
+    _, _, M, N = shape
+    j = torch.arange(N, device=device)
+    alive = None
+    if key_padding_mask is not None:
+        alive = key_padding_mask[:, None, None, :]
+    if lengths_k is not None:
+        real = (j < lengths_k[:, None])[:, None, None, :]
+        alive = real if alive is None else alive & real
+    visible = torch.ones(1, 1, M, N, dtype=torch.bool, device=device)
+    if spec.left is not None or spec.right is not None:
+        distance = (j - torch.arange(M, device=device)[:, None])[None, None]  # [1, 1, M, N]
+        if spec.lower_right and lengths_q is not None:
+            assert lengths_k is not None
+            distance = distance - (lengths_k - lengths_q)[:, None, None, None]
+        elif spec.lower_right:
+            distance = distance - (N - M)
+        if spec.left is not None:
+            visible = visible & (distance >= -spec.left)
+        if spec.right is not None:
+            visible = visible & (distance <= spec.right)
+    if mask is not None:
+        if mask.shape[-2] == 1:
+            alive = mask if alive is None else alive & mask
+        else:
+            visible = visible & mask
+    if alive is not None:
+        visible = visible & alive
+    return visible, alive
+
+
+def _relative_bias_matrix(relative_bias: Tensor, M: int, N: int) -> Tensor:
+    """The Toeplitz matrix [1, H or 1, M, N] whose (i, j) is entry j - i + M - 1."""
+    i = torch.arange(M, device=relative_bias.device)[:, None]
+    j = torch.arange(N, device=relative_bias.device)
+    return relative_bias[:, j - i + M - 1][None]
+
+
+def attention(
+    spec: AttentionSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    bias: Tensor | None,
+    relative_bias: Tensor | None,
+    sink: Tensor | None,
+    seed: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """out, lse, and the weights that `spec.return_weights` names, or None."""
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return _attention_padded(
+            spec, query, key, value, mask, key_padding_mask, None, key_lengths, bias, relative_bias, sink, seed
+        )
+    assert spec.max_seqlen_q is not None and spec.max_seqlen_k is not None
+    places_q = _places(cu_seqlens_q, query.shape[0])
+    places_k = _places(cu_seqlens_k, key.shape[0])
+    count = cu_seqlens_q.shape[0] - 1
+    out, lse, weights = _attention_padded(
+        spec,
+        _unpack(query, *places_q, count, spec.max_seqlen_q),
+        _unpack(key, *places_k, count, spec.max_seqlen_k),
+        _unpack(value, *places_k, count, spec.max_seqlen_k),
+        mask,
+        None,
+        cu_seqlens_q.diff(),
+        cu_seqlens_k.diff(),
+        bias,
+        relative_bias,
+        sink,
+        seed,
+    )
+    # [S, H, M, ...] back to [total, H, ...], and lse to [H, total].
+    return out.transpose(1, 2)[places_q], lse.transpose(1, 2)[places_q].transpose(0, 1), weights
+
+
+def _attention_padded(
+    spec: AttentionSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    lengths_q: Tensor | None,
+    lengths_k: Tensor | None,
+    bias: Tensor | None,
+    relative_bias: Tensor | None,
+    sink: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    B, H, M, _ = query.shape
+    N = key.shape[2]
+    compute = _compute_dtype(query.dtype)
+    visible, alive = _visible(spec, (B, H, M, N), query.device, mask, key_padding_mask, lengths_q, lengths_k)
+
+    groups = H // max(key.shape[1], 1)
+    q = query.to(compute)  # [B, H, M, D]
+    k = key.to(compute).repeat_interleave(groups, 1)  # [B, H, N, D]
+    v = value.to(compute).repeat_interleave(groups, 1)  # [B, H, N, D_v]
+    if alive is not None:
+        # A key that no query sees may hold NaN, which 0 * NaN would spread.
+        k = torch.where(alive.transpose(-1, -2), k, 0)
+        v = torch.where(alive.transpose(-1, -2), v, 0)
+
+    scores = spec.scale * (q @ k.transpose(-1, -2))  # [B, H, M, N]
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    if bias is not None:
+        scores = scores + bias.to(compute)
+    if relative_bias is not None:
+        scores = scores + _relative_bias_matrix(relative_bias.to(compute), M, N)
+    scores = torch.where(visible, scores, float("-inf"))
+
+    # The pivot is any constant: log(sum(exp(s - c))) + c does not depend on c. A row that sees
+    # nothing has the maximum -inf: pivot on 0, or -inf - -inf makes NaN.
+    pivot = F.pad(scores.detach(), (0, 1), value=float("-inf")).amax(-1, keepdim=True)  # [B, H, M, 1]
+    sink_logit = None
+    if sink is not None:
+        sink_logit = sink.to(compute)[None, :, None, None]
+        pivot = torch.maximum(pivot, sink_logit.detach())
+    pivot = torch.where(pivot == float("-inf"), 0, pivot)
+    exponentials = torch.exp(scores - pivot)
+    row_sum = exponentials.sum(-1, keepdim=True)  # [B, H, M, 1]
+    if sink_logit is not None:
+        row_sum = row_sum + torch.exp(sink_logit - pivot)
+    empty = row_sum == 0
+    safe_sum = torch.where(empty, 1, row_sum)
+    weights = exponentials / safe_sum
+    lse = torch.where(empty, float("-inf"), pivot + torch.log(safe_sum)).squeeze(-1)
+
+    if spec.dropout_p > 0:
+        assert seed is not None
+        keep = keep_fragments(
+            seed,
+            spec.dropout_p,
+            torch.arange(M, device=query.device),
+            torch.arange(B * H, device=query.device)[:, None],
+            0,
+            N,
+        ).view(B, H, M, N)
+        weights = torch.where(keep, weights * dropout_scale(spec.dropout_p), 0)
+    out = (weights @ v).to(query.dtype)
+    if spec.return_weights is None:
+        return out, lse, None
+    returned = weights.mean(1) if spec.return_weights == "mean" else weights
+    return out, lse, returned.to(query.dtype)
+
+
+def attention_bwd(
+    spec: AttentionSpec,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *tensors: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, bias, relative_bias and sink, None for what was not given."""
+    places = [0, 1, 2, 6, 7, 8]  # in ATTENTION_TENSORS
+    given = [place for place in places if tensors[place] is not None]
+
+    def outputs(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        arguments = list(tensors)
+        for place, tensor in zip(given, inputs, strict=True):
+            arguments[place] = tensor
+        return attention(spec, *arguments)[:2]  # type: ignore[arg-type]
+
+    (out, lse), pull = torch.func.vjp(outputs, *[tensors[place] for place in given])
+    grads = pull((_given(grad_out, out), _given(grad_lse, lse)))
+    by_place = dict(zip(given, grads, strict=True))
+    return tuple(by_place.get(place) for place in places)
+
+
+def _given(grad: Tensor | None, output: Tensor) -> Tensor:
+    return torch.zeros_like(output) if grad is None else grad
+
+
+
+def norm(
+    spec: NormSpec,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """norm(residual + dropout(x)) and residual + dropout(x), both in promote_types(x, residual)."""
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    s = x.to(_compute_dtype(dtype))
+    if spec.dropout_p > 0:
+        assert seed is not None
+        rows = x[..., 0].numel() if x.shape[-1] else 0
+        keep = keep_consecutive(seed, spec.dropout_p, rows, x.shape[-1]).view(x.shape)
+        s = torch.where(keep, s * dropout_scale(spec.dropout_p), 0)
+    if residual is not None:
+        s = residual.to(s.dtype) + s
+    return _norm_of(spec, s, weight, bias).to(dtype), s.to(dtype)
+
+
+def _norm_of(spec: NormSpec, s: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Ba et al. 2016 (layer) and Zhang & Sennrich 2019 (rms), over the last dimension."""
+    centred = s - s.mean(-1, keepdim=True) if spec.kind == "layer" else s
+    out = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + spec.eps)
+    if weight is not None:
+        out = out * weight.to(s.dtype)
+    if bias is not None:
+        out = out + bias.to(s.dtype)
+    return out
+
+
+def norm_bwd(
+    spec: NormSpec,
+    grad_out: Tensor,
+    grad_sum: Tensor | None,
+    s: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ds, dx (empty without dropout), dweight, dbias (float32, empty where not needed), of the saved sum s."""
+    wide = s.to(_compute_dtype(s.dtype))
+    ones = wide.new_ones(s.shape[-1]) if weight is None else weight.to(wide.dtype)
+    _, pull = torch.func.vjp(
+        lambda s, weight, bias: _norm_of(spec, s, weight, bias), wide, ones, torch.zeros_like(ones)
+    )
+    ds, dweight, dbias = pull(grad_out.to(wide.dtype))
+    if grad_sum is not None:
+        ds = ds + grad_sum.to(wide.dtype)
+    empty = wide.new_empty(0)
+    dx = empty.to(s.dtype)
+    if spec.dropout_p > 0:
+        assert seed is not None
+        keep = keep_consecutive(seed, spec.dropout_p, s[..., 0].numel(), s.shape[-1]).view(s.shape)
+        dx = torch.where(keep, ds * dropout_scale(spec.dropout_p), 0).to(s.dtype)
+    return ds.to(s.dtype), dx, dweight if need_dweight else empty, dbias if need_dbias else empty
+
+
+
+def _activate(name: str, x: Tensor) -> Tensor:
+    if name == "relu":
+        return torch.relu(x)
+    if name == "gelu":
+        return F.gelu(x)
+    if name == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if name == "silu":
+        return F.silu(x)
+    assert name == "relu2"
+    return torch.relu(x).square()
+
+
+def feed_forward(
+    spec: FeedForwardSpec,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    seed: Tensor | None,
+) -> Tensor:
+    """Products in x's dtype (accumulated in float32 by the library that multiplies), the rest in float32."""
+    compute = _compute_dtype(x.dtype)
+    hidden = F.linear(x, w1, b1).to(compute)  # [..., F]
+    if spec.gated:
+        assert w_gate is not None
+        hidden = _activate(spec.activation, F.linear(x, w_gate, b_gate).to(compute)) * hidden
+    else:
+        hidden = _activate(spec.activation, hidden)
+    if spec.dropout_p > 0:
+        assert seed is not None
+        rows = hidden[..., 0].numel()
+        row = torch.arange(rows, device=x.device)
+        keep = keep_fragments(seed, spec.dropout_p, row, torch.zeros_like(row), 2, w1.shape[0])
+        hidden = torch.where(keep.view(hidden.shape), hidden * dropout_scale(spec.dropout_p), 0)
+    return F.linear(hidden.to(x.dtype), w2, b2)
+
+
+def feed_forward_bwd(
+    spec: FeedForwardSpec,
+    grad_out: Tensor,
+    pre: Tensor,
+    pre_gate: Tensor,
+    *tensors: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, w1, b1, w_gate, b_gate, w2, b2, None for what was not given; recomputes from x."""
+    *inputs, seed = tensors
+    given = [place for place, tensor in enumerate(inputs) if tensor is not None]
+
+    def output(*some: Tensor) -> Tensor:
+        arguments = list(inputs)
+        for place, tensor in zip(given, some, strict=True):
+            arguments[place] = tensor
+        return feed_forward(spec, *arguments, seed)  # type: ignore[arg-type]
+
+    _, pull = torch.func.vjp(output, *[inputs[place] for place in given])
+    by_place = dict(zip(given, pull(grad_out), strict=True))
+    return tuple(by_place.get(place) for place in range(len(inputs)))

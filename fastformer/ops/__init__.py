@@ -1,0 +1,1 @@
+"""One module an operator: raw schema with its fake, validation, autograd, public function."""

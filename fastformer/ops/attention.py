@@ -1,0 +1,263 @@
+"""attention and scaled_dot_product_attention."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import reference
+from ..specs import ATTENTION_TENSORS, AttentionSpec
+from .attention_checks import check_attention, visibility
+from .autograd import Call, Operator, Tensors, run
+from .checks import FLOATS, resolve_seed
+from .library import define
+
+# Places in ATTENTION_TENSORS of what has a gradient, in the order in which backward gives them.
+_DIFFERENTIABLE = tuple(
+    ATTENTION_TENSORS.index(name) for name in ("query", "key", "value", "bias", "relative_bias", "sink")
+)
+
+
+def _attention_fwd_fake(
+    query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **named: Any
+) -> tuple[Tensor, Tensor]:
+    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    packed = query.dim() == 3
+    rows = (query.shape[1], query.shape[0]) if packed else query.shape[:-1]
+    return out, query.new_empty(rows, dtype=torch.float32)
+
+
+define(
+    "attention_fwd",
+    "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? key_padding_mask, Tensor? key_lengths, Tensor? bias,"
+    " Tensor? relative_bias, Tensor? sink, Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale,"
+    " int? left, int? right, bool lower_right, float? softcap, float dropout_p, int? max_seqlen_q, int? max_seqlen_k)"
+    " -> (Tensor out, Tensor lse)",
+    _attention_fwd_fake,
+)
+
+
+class Attention(Operator):
+    name = "attention"
+
+    def composition(self, spec: AttentionSpec, tensors: Tensors) -> tuple[Tensor, ...]:
+        out, lse, weights = reference.attention(spec, *tensors)  # type: ignore[arg-type]
+        return (out, lse) if weights is None else (out, lse, weights)
+
+    def forward(self, call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
+        return call.forward.attention_fwd(call.spec, *tensors)  # type: ignore[no-any-return]
+
+    def differentiable(self, tensors: Tensors) -> int:
+        return 2
+
+    def saved(self, tensors: Tensors, outputs: tuple[Tensor, ...]) -> Tensors:
+        return *outputs, *tensors
+
+    def backward(
+        self, backend: ModuleType, spec: AttentionSpec, needs: tuple[bool, ...], grads: Tensors, saved: Tensors
+    ) -> Tensors:
+        by_place = dict(zip(_DIFFERENTIABLE, backend.attention_bwd(spec, *grads, *saved), strict=True))
+        return tuple(by_place.get(place) for place in range(len(ATTENTION_TENSORS)))
+
+
+_ATTENTION = Attention()
+
+
+def _autocast(tensors: tuple[Any, ...], device: str) -> tuple[Any, ...]:
+    """Under autocast attention runs in the autocast dtype, float masks and biases too."""
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.dtype in FLOATS and t.dtype != torch.float64 else t for t in tensors)
+
+
+def _longest(cu_seqlens: Tensor) -> int:
+    return int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
+
+
+def _four_dims(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or tensor.dim() >= 4:
+        return tensor
+    return tensor[(None,) * (4 - tensor.dim())]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    corner: str | None = None,
+    bias: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    return_lse: bool = False,
+    return_weights: bool | str = False,
+    backend: str | None = None,
+) -> Any:
+    """Scaled dot-product attention (Vaswani et al., 2017) with everything that models add to it.
+
+    score = scale * q·k → softcap → + bias → + relative bias → mask → softmax (with sink) → dropout → · v
+
+    query [B, H, M, D], key [B, H_kv, N, D] and value [B, H_kv, N, D_v], H a multiple of H_kv, one dtype
+    (float32, bfloat16, float16; float64 on the reference), any strides with a contiguous last dimension.
+    Statistics are float32. Gradients: query, key, value, bias, relative_bias and sink.
+
+    - mask: bool, broadcastable to [B, H, M, N]; True = may attend. Never expanded.
+    - key_padding_mask [B, N] bool, True = real token; or key_lengths [B], the real keys of each row.
+    - causal: True (M = N only), "upper_left" or "lower_right": which corner of the scores the diagonal meets.
+    - window (left, right): how many keys before and after the diagonal are visible; None leaves a side open.
+      The diagonal is causal's, or else `corner`'s, "upper_left" by default.
+    - bias: float, broadcastable to [B, H, M, N]; its gradient is reduced to its own shape.
+    - relative_bias [H or 1, M + N - 1]: entry j - i + M - 1 is added to score (i, j).
+    - softcap c: c * tanh(score / c). sink [H]: a logit that joins the softmax's denominator only.
+    - dropout_p drops weights wherever it is above 0 (pass 0 in evaluation); seed int64 [1] on the device,
+      drawn from the device's default generator when None. The same seed drops the same on every backend.
+    - cu_seqlens_q, cu_seqlens_k [S + 1] int32: packed sequences, query [total, H, D] and so on; b is then
+      the sequence, i and j count within it, and relative_bias has max M + max N - 1 entries. Nested tensors
+      of torch's jagged layout [B, H, j, D] are taken too.
+
+    Returns out [B, H, M, D_v]; with return_lse or return_weights a tuple (out[, lse][, weights]). lse
+    [B, H, M] (packed: [H, total]) is float32 and differentiable. weights are [B, H, M, N] (True or
+    "per_head") or averaged over heads [B, M, N] ("mean"), after dropout. A query row that may attend to
+    nothing gives out 0, lse -inf (with a sink: the sink's logit), weights 0, and no gradient.
+
+    Raises ValueError for shapes, values and devices, TypeError for dtypes, BackendError where `backend`
+    names one that cannot serve.
+    """
+    offsets = None
+    if query.is_nested:
+        if cu_seqlens_q is not None or cu_seqlens_k is not None or return_weights:
+            raise ValueError(
+                "cu_seqlens or return_weights came with nested tensors; nested tensors carry their own offsets, "
+                "and weights need the packed form: pass .values() and cu_seqlens instead"
+            )
+        query, key, value, offsets, cu_seqlens_q, cu_seqlens_k = _from_nested(query, key, value)
+    if cu_seqlens_q is not None and cu_seqlens_k is None:
+        cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_q
+    packed = cu_seqlens_q is not None and cu_seqlens_k is not None
+    if packed:
+        square = cu_seqlens_q is cu_seqlens_k
+        max_seqlen_q = _longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q
+        max_seqlen_k = max_seqlen_q if square and max_seqlen_k is None else max_seqlen_k
+        max_seqlen_k = _longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k
+    else:
+        square = query.dim() == 4 and key.dim() == 4 and query.shape[2] == key.shape[2]
+    if return_weights not in (False, True, "per_head", "mean"):
+        raise ValueError(f"return_weights is {return_weights!r}; wanted False, True, 'per_head' or 'mean'")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; wanted a positive number, or None for no cap")
+    left, right, lower_right = visibility(causal, window, corner, square)
+    spec = AttentionSpec(
+        scale=1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale,
+        left=left,
+        right=right,
+        lower_right=lower_right,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        max_seqlen_q=max_seqlen_q if packed else None,
+        max_seqlen_k=max_seqlen_k if packed else None,
+        return_weights="per_head" if return_weights is True else (return_weights or None),
+    )
+    floats = _autocast((query, key, value, bias, relative_bias, sink), query.device.type)
+    query, key, value, bias, relative_bias, sink = floats
+    masks = (_four_dims(mask), key_padding_mask, key_lengths)
+    seed = resolve_seed(seed, dropout_p, query.device)
+    tensors = (query, key, value, *masks, _four_dims(bias), relative_bias, sink, seed, cu_seqlens_q, cu_seqlens_k)
+    check_attention(spec, tensors)
+    outputs = run(_ATTENTION, spec, tensors, backend)
+    if offsets is not None:
+        outputs = (_to_nested(outputs[0], offsets), _to_nested(outputs[1].transpose(0, 1).contiguous(), offsets))
+    if not return_lse and not return_weights:
+        return outputs[0]
+    return outputs[:1] + (outputs[1:2] if return_lse else ()) + outputs[2:]
+
+
+def _from_nested(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """Packed query, key, value, query's offsets, cu_seqlens_q and cu_seqlens_k.
+
+    Jagged [B, H, j, D] is [B, j, H, D] transposed: its values are the packed form, its offsets cu_seqlens."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not tensor.is_nested or tensor.layout != torch.jagged or tensor.dim() != 4:
+            raise ValueError(f"{name} must be a nested tensor of layout torch.jagged, [B, H, j, D], as query is nested")
+    rows = [tensor.transpose(1, 2) for tensor in (query, key, value)]  # [B, j, H, D]
+    offsets_q, offsets_k = rows[0].offsets(), rows[1].offsets()
+    cu_seqlens_q = offsets_q.to(torch.int32)
+    cu_seqlens_k = cu_seqlens_q if offsets_q is offsets_k else offsets_k.to(torch.int32)
+    return *(row.values() for row in rows), offsets_q, cu_seqlens_q, cu_seqlens_k
+
+
+def _to_nested(packed: Tensor, offsets: Tensor) -> Tensor:
+    return torch.nested.nested_tensor_from_jagged(packed, offsets).transpose(1, 2)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch.nn.functional.scaled_dot_product_attention: its signature, inputs and meaning.
+
+    query [..., H, M, D], key [..., H, N, D], value [..., H, N, D_v], of 2 to 5 dimensions whose leading ones
+    broadcast; attn_mask bool (True = may attend) or float (added), broadcastable to [..., H, M, N]. is_causal
+    counts from the upper left corner and excludes attn_mask. dropout_p applies whenever it is above 0. A row
+    that may attend to nothing gives 0. Raises as `attention` does.
+    """
+    if is_causal and attn_mask is not None:
+        raise ValueError("is_causal came with attn_mask; wanted one of them: put the causal triangle into attn_mask")
+    if attn_mask is not None and attn_mask.dtype != torch.bool and attn_mask.dtype not in (query.dtype, torch.float32):
+        raise TypeError(f"attn_mask has dtype {attn_mask.dtype}; wanted bool, float32 or query's, {query.dtype}")
+    extra: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "causal": "upper_left" if is_causal else False}
+    if query.is_nested:
+        if attn_mask is not None:
+            raise ValueError("attn_mask came with nested tensors; wanted none, as in torch")
+        return attention(query, key, value, **extra)  # type: ignore[no-any-return]
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() < 2:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted [..., H, M, D] with at least 2 dimensions")
+    try:
+        lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+        heads = () if enable_gqa else torch.broadcast_shapes(*(t.shape[-3:-2] for t in (query, key, value)))
+    except RuntimeError as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
+        raise ValueError(
+            f"query, key and value have shapes {shapes}; wanted leading dimensions that broadcast "
+            "(enable_gqa=True shares fewer key and value heads among query's)"
+        ) from error
+    if attn_mask is not None:
+        if attn_mask.dim() > 3 and len(lead) > 1:
+            # The dimensions that are folded into B must be whole.
+            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, len(lead) - 1)
+        extra["mask" if attn_mask.dtype == torch.bool else "bias"] = attn_mask
+    out = attention(*(_fold(t, lead, heads) for t in (query, key, value)), **extra)
+    all_matrices = max(query.dim(), key.dim(), value.dim()) == 2
+    return out.reshape(*lead, *(() if all_matrices else out.shape[1:2]), *out.shape[2:])  # type: ignore[no-any-return]
+
+
+def _fold(tensor: Tensor, lead: tuple[int, ...], heads: tuple[int, ...]) -> Tensor:
+    """[prod(lead), H, M, D] of a tensor whose leading dimensions broadcast to `lead`; `heads` () keeps its own."""
+    H = heads[0] if heads else (tensor.shape[-3] if tensor.dim() > 2 else 1)
+    if tensor.dim() == 4 and tuple(tensor.shape[:2]) == (*lead, H):
+        return tensor
+    return tensor.expand(*lead, H, *tensor.shape[-2:]).reshape(math.prod(lead), H, *tensor.shape[-2:])

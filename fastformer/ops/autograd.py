@@ -1,0 +1,187 @@
+"""How every operator meets autograd: three Functions that know nothing of any one operator.
+
+- `_Eager` and `_Transformable` share one forward and one backward. The second is the form that torch.func
+  and torch.compile want; it costs four times as much a call, so eager code does not pay for it.
+- Backward runs a backend's `<op>_bwd`. Where that must be differentiable in turn it runs inside `_Backward`,
+  whose own backward is the derivative of the reference's composition.
+- Forward mode and a call that falls to the reference do not come here: they run the composition itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..backends import reference
+from ..dispatch import choose, requested
+
+Tensors = tuple[Tensor | None, ...]
+
+
+class Operator:
+    """What the Functions need to know of an operator. Tensors come in the order of specs.py."""
+
+    name: str
+
+    def composition(self, spec: Any, tensors: Tensors) -> tuple[Tensor, ...]:
+        """The reference's differentiable outputs, in the order of `forward`'s."""
+        raise NotImplementedError
+
+    def forward(self, call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
+        """Run the kernels; the differentiable outputs come first."""
+        raise NotImplementedError
+
+    def differentiable(self, tensors: Tensors) -> int:
+        """How many of forward's outputs have a gradient."""
+        raise NotImplementedError
+
+    def saved(self, tensors: Tensors, outputs: tuple[Tensor, ...]) -> Tensors:
+        """What backward reads."""
+        raise NotImplementedError
+
+    def backward(
+        self, backend: ModuleType, spec: Any, needs: tuple[bool, ...], grads: Tensors, saved: Tensors
+    ) -> Tensors:
+        """One gradient, or None, for each of `tensors`. With the reference as backend this is differentiable."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    operator: Operator
+    spec: Any
+    forward: ModuleType
+    # None where no gradient is wanted.
+    backward: ModuleType | None
+
+
+def run(operator: Operator, spec: Any, tensors: Tensors, backend: str | None) -> tuple[Tensor, ...]:
+    """Choose the backends of both directions and run the call."""
+    name = requested(backend)
+    forward = choose(operator.name + "_fwd", spec, tensors, name)
+    if forward is reference or _forward_mode():
+        return operator.composition(spec, tensors)
+    transformed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    if not transformed and not _wants_grad(tensors):
+        return operator.forward(Call(operator, spec, forward, None), tensors)
+    backward = choose(operator.name + "_bwd", spec, tensors, name) if _wants_grad(tensors) else reference
+    call = Call(operator, spec, forward, backward)
+    function = _Transformable if transformed else _Eager
+    return function.apply(call, *tensors)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _forward_mode() -> bool:
+    """A dual tensor that reached a kernel would get zero tangents, silently."""
+    return forward_ad._current_level >= 0
+
+
+def _wants_grad(tensors: Tensors) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _setup(ctx: Any, call: Call, tensors: Tensors, outputs: tuple[Tensor, ...]) -> None:
+    ctx.call = call
+    ctx.input_dtypes = tuple(None if t is None else t.dtype for t in tensors)
+    ctx.save_for_backward(*call.operator.saved(tensors, outputs))
+    ctx.mark_non_differentiable(*outputs[call.operator.differentiable(tensors) :])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    call = ctx.call
+    nothing = (None,) * (1 + len(ctx.input_dtypes))
+    if all(grad is None for grad in grads):
+        return nothing
+    needs = ctx.needs_input_grad[1:]
+    arguments = (call.operator, call.backward, call.spec, needs, len(grads))
+    if torch.is_grad_enabled():
+        results = _Backward.apply(*arguments, *grads, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+    else:
+        results = call.operator.backward(call.backward, call.spec, needs, grads, ctx.saved_tensors)
+    return None, *(
+        result.to(dtype) if need and result is not None else None
+        for result, dtype, need in zip(results, ctx.input_dtypes, needs, strict=True)
+    )
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Any:
+        outputs = call.operator.forward(call, tensors)
+        _setup(ctx, call, tensors, outputs)
+        return outputs
+
+    backward = staticmethod(_backward)
+
+
+class _Transformable(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: Call, *tensors: Tensor | None) -> Any:
+        return call.operator.forward(call, tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _setup(ctx, inputs[0], inputs[1:], output)
+
+    backward = staticmethod(_backward)
+
+
+class _Backward(torch.autograd.Function):
+    """An operator's backward as a function of the incoming gradients and the saved tensors."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        operator: Operator,
+        backend: ModuleType,
+        spec: Any,
+        needs: tuple[bool, ...],
+        grad_count: int,
+        *arguments: Tensor | None,
+    ) -> Any:
+        return operator.backward(backend, spec, needs, arguments[:grad_count], arguments[grad_count:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        ctx.operator, _, ctx.spec, ctx.needs, ctx.grad_count = inputs[:5]
+        ctx.save_for_backward(*inputs[5:])
+        ctx.given = tuple(result is not None for result in output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        arguments = ctx.saved_tensors
+        places = [
+            place
+            for place, (tensor, need) in enumerate(zip(arguments, ctx.needs_input_grad[5:], strict=True))
+            if tensor is not None and need
+        ]
+
+        def results(*inputs: Tensor) -> tuple[Tensor, ...]:
+            replaced = list(arguments)
+            for place, tensor in zip(places, inputs, strict=True):
+                replaced[place] = tensor
+            split = ctx.grad_count
+            outputs = ctx.operator.backward(reference, ctx.spec, ctx.needs, replaced[:split], replaced[split:])
+            return tuple(
+                output for output, given in zip(outputs, ctx.given, strict=True) if given and output is not None
+            )
+
+        primals, pull = torch.func.vjp(results, *[arguments[place] for place in places])
+        cotangents = [grad for grad, given in zip(grads, ctx.given, strict=True) if given]
+        second = pull(
+            tuple(
+                torch.zeros_like(primal) if grad is None else grad
+                for primal, grad in zip(primals, cotangents, strict=True)
+            )
+        )
+        by_place = dict(zip(places, second, strict=True))
+        return (None,) * 5 + tuple(by_place.get(place) for place in range(len(arguments)))
