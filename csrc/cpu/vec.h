@@ -9,7 +9,8 @@
 #pragma once
 
 #include <stdint.h>
-#include <stdlib.h>
+
+#include <new>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -374,12 +375,13 @@ struct FlushDenormals {
   FlushDenormals& operator=(const FlushDenormals&) = delete;
 };
 
-// Uninitialised float scratch of one worker, aligned to a cache line; data() is null when memory is out.
+// Uninitialised float scratch of one worker, aligned to a cache line. Throws std::bad_alloc.
 class Scratch {
  public:
   explicit Scratch(int64_t floats)
-      : data_(static_cast<float*>(aligned_alloc(64, static_cast<size_t>((floats * 4 + 63) / 64 * 64)))) {}
-  ~Scratch() { free(data_); }
+      : data_(static_cast<float*>(
+            ::operator new(static_cast<size_t>(floats) * sizeof(float), std::align_val_t{64}))) {}
+  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   float* data() const { return data_; }
