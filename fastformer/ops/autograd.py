@@ -1,7 +1,8 @@
 """How every operator meets autograd: three Functions that know nothing of any one operator.
 
 - `_Eager` and `_Transformable` share one forward and one backward. The second is the form that torch.func
-  and torch.compile want; it costs four times as much a call, so eager code does not pay for it.
+  wants; it costs four times as much a call, so eager code does not pay for it. torch.compile takes the first:
+  Dynamo binds the second's arguments wrongly where no gradient is wanted.
 - Backward runs a backend's `<op>_bwd`. Where that must be differentiable in turn it runs inside `_Backward`,
   whose own backward is the derivative of the reference's composition.
 - Forward mode and a call that falls to the reference do not come here: they run the composition itself.
@@ -64,12 +65,14 @@ def run(operator: Operator, spec: Any, tensors: Tensors, backend: str | None) ->
     """Choose the backends of both directions and run the call."""
     name = requested(backend)
     forward = choose(operator.name + "_fwd", spec, tensors, name)
-    if forward is reference or _forward_mode():
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    # Dynamo can trace neither Function under vmap of grad.
+    if forward is reference or _forward_mode() or (transformed and torch.compiler.is_compiling()):
         return operator.composition(spec, tensors)
-    transformed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
     if not transformed and not _wants_grad(tensors):
         return operator.forward(Call(operator, spec, forward, None), tensors)
-    backward = choose(operator.name + "_bwd", spec, tensors, name) if _wants_grad(tensors) else reference
+    # Whether a transform will differentiate cannot be told from the tensors: do not refuse for its sake.
+    backward = choose(operator.name + "_bwd", spec, tensors, name if _wants_grad(tensors) else "auto")
     call = Call(operator, spec, forward, backward)
     function = _Transformable if transformed else _Eager
     return function.apply(call, *tensors)  # type: ignore[no-untyped-call,no-any-return]
@@ -87,14 +90,17 @@ def _wants_grad(tensors: Tensors) -> bool:
 def _setup(ctx: Any, call: Call, tensors: Tensors, outputs: tuple[Tensor, ...]) -> None:
     ctx.call = call
     ctx.input_dtypes = tuple(None if t is None else t.dtype for t in tensors)
+    ctx.differentiable = call.operator.differentiable(tensors)
     ctx.save_for_backward(*call.operator.saved(tensors, outputs))
-    ctx.mark_non_differentiable(*outputs[call.operator.differentiable(tensors) :])
+    ctx.mark_non_differentiable(*outputs[ctx.differentiable :])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     call = ctx.call
     nothing = (None,) * (1 + len(ctx.input_dtypes))
+    # What torch.compile passes for an output without gradient is zeros, not None.
+    grads = grads[: ctx.differentiable]
     if all(grad is None for grad in grads):
         return nothing
     needs = ctx.needs_input_grad[1:]

@@ -89,7 +89,7 @@ class Norm(Operator):
         self, backend: ModuleType, spec: NormSpec, needs: tuple[bool, ...], grads: Tensors, saved: Tensors
     ) -> Tensors:
         s, weight, mean, rstd, seed = saved
-        grad_out, grad_sum = grads[:2]
+        grad_out, grad_sum = grads if len(grads) == 2 else (grads[0], None)
         assert s is not None
         if grad_out is None:
             grad_out = torch.zeros_like(s)
