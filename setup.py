@@ -1,11 +1,12 @@
 """How the extension fastformer._C is compiled: which csrc files, with which flags, and nothing else.
 
-build_ext writes one build.ninja into build/<platform>-<python>, whatever temporary folder pip builds in, so that an
-unchanged rebuild does no work. Two environment variables steer it: FASTFORMER_CUDA=0 leaves the CUDA half out, and
-TORCH_CUDA_ARCH_LIST (torch's syntax, "8.0 9.0a 12.0+PTX") names the GPU architectures. CXX and CUDA_HOME are honoured.
+build_ext writes one build.ninja into build/<platform>-<python>, whatever temporary folder pip builds in, so
+that an unchanged rebuild does no work. Two environment variables steer it: FASTFORMER_CUDA=0 leaves the CUDA
+half out, TORCH_CUDA_ARCH_LIST (torch's syntax, "8.0 9.0a 12.0+PTX") names the GPU architectures. CXX and
+CUDA_HOME say which compilers.
 
-Without a C++ compiler the package installs as pure Python, without nvcc as its CPU half, and stderr says what is
-missing. A source that does not compile fails the installation.
+Without a C++ compiler the package installs as pure Python, without nvcc as its CPU half, and stderr says
+what is missing. A source that does not compile fails the installation.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-# Relative to ROOT, like every path of our own in build.ninja: __FILE__ in messages then names csrc/..., no machine.
+# Relative to ROOT, like every path of our own in build.ninja, so that __FILE__ in messages names csrc/...
 BUILD = Path("build", f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
 
 # The oldest libtorch whose stable ABI we may call: 2.11.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CXX_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# Vector loops may select instead of branch, and sqrt need not set errno. Never -ffast-math: NaN and inf are data.
+# Vector loops may select instead of branch, and sqrt need not set errno. Never -ffast-math: NaN and inf are
+# data.
 # A product and a sum round separately unless fma() asks otherwise: all backends owe the same bits there.
 CPU_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wno-psabi"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
@@ -100,7 +102,7 @@ class Nvcc:
 
 
 def find_nvcc_path() -> Path | None:
-    """nvcc of CUDA_HOME, of PATH, of the pip package nvidia-cuda-nvcc, or of the usual place, in this order."""
+    """nvcc of CUDA_HOME, of PATH, of pip's nvidia-cuda-nvcc, or of the usual place, in this order."""
     places = [Path(os.environ["CUDA_HOME"], "bin", "nvcc")] if os.environ.get("CUDA_HOME") else []
     if on_path := shutil.which("nvcc"):
         places.append(Path(on_path))
@@ -131,7 +133,7 @@ def find_cuda() -> tuple[Nvcc | None, str]:
         return None, "nvcc was not found (CUDA_HOME, PATH, pip's nvidia-cuda-nvcc)"
     version = re.search(r"V(\d+\.\d+\.\d+)", subprocess.check_output([path, "--version"], text=True))
     if version is None or int(version[1].split(".")[0]) < 12:
-        return None, f"nvcc {version[1] if version else 'of unknown version'} is older than 12.0, the first with C++20"
+        return None, f"nvcc {version[1] if version else '?'} is older than 12.0, the first with C++20"
     return Nvcc(path, version[1], cuda_archs(path)), ""
 
 
@@ -143,7 +145,8 @@ class NinjaFile:
         self.objects: list[str] = []
 
     def rule(self, name: str, command: list[str], tail: str, depfile: bool = True) -> None:
-        self.lines += ["", f"rule {name}", f"  command = {_escape(command)} {tail}", f"  description = {name} $out"]
+        self.lines += ["", f"rule {name}", f"  description = {name} $out"]
+        self.lines += [f"  command = {_escape(command)} {tail}"]
         if depfile:
             self.lines += ["  depfile = $out.d", "  deps = gcc"]
 
@@ -197,11 +200,13 @@ def write_ninja(target: Path, compiler: list[str], nvcc: Nvcc | None, no_cuda: s
 
     for source in cuda_sources:
         ninja.compile("nvcc", source, torch_flags)
-    # Kernels get no torch headers: whatever torch inlines there would carry AVX-512 code into the whole module.
+    # Kernels get no torch headers: an inline function of torch compiled here would carry AVX-512 code into
+    # the whole module.
     kernels = _sources("cpu/kernels*.cpp")
     for level, flags in reversed(isa_levels().items()):
         for source in kernels:
-            ninja.compile("cxx", source, [*CPU_FLAGS, *flags, f"-DFASTFORMER_ISA={level}"], suffix=f".{level}")
+            level_flags = [*CPU_FLAGS, *flags, f"-DFASTFORMER_ISA={level}"]
+            ninja.compile("cxx", source, level_flags, suffix=f".{level}")
     have_levels = [f"-DFASTFORMER_HAVE_{level.upper()}" for level in isa_levels()]
     for source in _sources("cpu/*.cpp"):
         if source not in kernels:
@@ -236,7 +241,7 @@ class NinjaBuild(build_ext):
             jobs = len(os.sched_getaffinity(0))
             ninja = [*find_ninja(), "-f", str(ninja_file), "-j", str(jobs)]
             if subprocess.run(ninja, cwd=ROOT).returncode:
-                raise SystemExit("fastformer: a source did not compile, see above (FASTFORMER_CUDA=0: no CUDA half)")
+                raise SystemExit("fastformer: the extension did not compile, see above")
             destination = Path(self.get_ext_fullpath(ext.name))
             destination.parent.mkdir(parents=True, exist_ok=True)
             self.copy_file(str(ROOT / target), str(destination))
@@ -249,10 +254,11 @@ def say(sentence: str) -> None:
 pure_python = why_pure_python()
 if pure_python:
     say(f"installing without the extension fastformer._C: {pure_python}")
-# Installed under our own name only: a top-level triton_kernels would overwrite the one from Triton's repository.
+# Installed under our own name only: a top-level triton_kernels would overwrite that of Triton's repository.
 TRITON = "fastformer.triton_kernels"
+PACKAGES = find_namespace_packages(include=["fastformer", "fastformer.*"], exclude=["*.__pycache__"])
 setup(
-    packages=[*find_namespace_packages(include=["fastformer", "fastformer.*"], exclude=["*.__pycache__"]), TRITON],
+    packages=[*PACKAGES, TRITON],
     package_dir={TRITON: "triton_kernels"},
     ext_modules=[] if pure_python else [Extension("fastformer._C", [])],
     cmdclass={"build_ext": NinjaBuild},
