@@ -1,30 +1,33 @@
 #include "launch.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
-#include <cmath>
 #include <cstring>
 
 namespace fastformer::cpu {
 namespace {
 
-// Null where the machine lacks the level, or the name is none of this architecture's.
+// Null where the build left the level out or the machine lacks it.
 const Kernels* level_named(const char* name) {
-#if defined(__x86_64__)
+#if defined(FASTFORMER_HAVE_AVX512)
   if (std::strcmp(name, "avx512") == 0) {
     const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     return runs ? &kernels_avx512 : nullptr;
   }
+#endif
+#if defined(FASTFORMER_HAVE_AVX2)
   if (std::strcmp(name, "avx2") == 0) {
     const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("f16c");
     return runs ? &kernels_avx2 : nullptr;
   }
-  return std::strcmp(name, "sse2") == 0 ? &kernels_sse2 : nullptr;
-#else
-  return std::strcmp(name, "baseline") == 0 ? &kernels_baseline : nullptr;
 #endif
+#if defined(FASTFORMER_HAVE_SSE2)
+  if (std::strcmp(name, "sse2") == 0) return &kernels_sse2;
+#endif
+#if defined(FASTFORMER_HAVE_BASELINE)
+  if (std::strcmp(name, "baseline") == 0) return &kernels_baseline;
+#endif
+  return nullptr;
 }
 
 const Kernels* best_level() {
@@ -32,7 +35,7 @@ const Kernels* best_level() {
   for (const char* name : best_first) {
     if (const Kernels* level = level_named(name)) return level;
   }
-  return nullptr;  // not reached: one of the last two is always there
+  return nullptr;  // not reached: every build has sse2 or baseline
 }
 
 const Kernels* kernels_in_use = best_level();
@@ -47,82 +50,6 @@ bool set_isa_level(const char* level) {
   const Kernels* const named = level_named(level);
   if (named != nullptr) kernels_in_use = named;
   return named != nullptr;
-}
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "the cpu backend serves float32, bfloat16 and float16 only");
-  }
-}
-
-ScalarType scalar_type_of(DType dtype) {
-  if (dtype == DType::kFloat32) return ScalarType::Float;
-  return dtype == DType::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Half;
-}
-
-Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
-  constexpr size_t kMaxDims = 64;
-  STD_TORCH_CHECK(sizes.size() <= kMaxDims, "at most 64 dimensions, got ", sizes.size());
-  int64_t strides[kMaxDims];
-  int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= sizes[d] > 1 ? sizes[d] : 1;
-  }
-  int32_t type;
-  switch (dtype) {
-    case ScalarType::Float:
-      type = aoti_torch_dtype_float32();
-      break;
-    case ScalarType::BFloat16:
-      type = aoti_torch_dtype_bfloat16();
-      break;
-    default:
-      type = aoti_torch_dtype_float16();
-  }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides, type, aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
-  return Tensor(handle);
-}
-
-std::optional<int64_t> row_stride(const Tensor& tensor) {
-  const IntHeaderOnlyArrayRef sizes = tensor.sizes();
-  const IntHeaderOnlyArrayRef strides = tensor.strides();
-  const size_t last = sizes.size() - 1;
-  if (sizes[last] > 1 && strides[last] != 1) return std::nullopt;
-  int64_t row = sizes[last];  // of a single row, where any stride would do
-  int64_t expected = -1;
-  for (size_t d = last; d-- > 0;) {
-    if (sizes[d] == 1) continue;
-    if (expected < 0) {
-      row = strides[d];
-    } else if (strides[d] != expected) {
-      return std::nullopt;
-    }
-    expected = strides[d] * sizes[d];
-  }
-  return row;
-}
-
-Dropout dropout_of(double p, const std::optional<Tensor>& seed) {
-  Dropout dropout;
-  if (p == 0.0) return dropout;
-  STD_TORCH_CHECK(seed.has_value(), "dropout_p > 0 needs a seed");
-  STD_TORCH_CHECK(p > 0.0 && p <= 1.0, "dropout_p must be in [0, 1], got ", p);
-  dropout.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-  dropout.threshold = static_cast<uint32_t>(std::nearbyint(p * 65536.0));  // half to even
-  dropout.scale =
-      dropout.threshold == 65536 ? 0.0f : static_cast<float>(65536.0 / (65536.0 - dropout.threshold));
-  return dropout;
 }
 
 }  // namespace fastformer::cpu

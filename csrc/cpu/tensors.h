@@ -1,0 +1,30 @@
+// The way from stable-ABI tensors to the plain structs of shapes.h, for every launcher.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "../shapes.h"
+
+namespace fastformer::cpu {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::stable::Tensor;
+
+DType dtype_of(const Tensor& tensor);
+
+// An uninitialised contiguous CPU tensor, by the shortest way that the stable ABI has.
+Tensor empty(IntHeaderOnlyArrayRef sizes, DType dtype);
+
+// The stride between rows of the last dimension where that dimension is contiguous and the others collapse to
+// one; nothing where they do not.
+std::optional<int64_t> row_stride(const Tensor& tensor);
+
+Dropout dropout_of(double p, const std::optional<Tensor>& seed);
+
+// Below this many elements a second thread costs more than it saves.
+constexpr int64_t kElementsPerThread = 32768;
+
+}  // namespace fastformer::cpu

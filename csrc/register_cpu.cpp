@@ -1,0 +1,8 @@
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/launch_norm.h"
+
+STABLE_TORCH_LIBRARY_IMPL(fastformer, CPU, m) {
+  m.impl("norm_fwd_cpu", TORCH_BOX(&fastformer::cpu::norm_fwd));
+  m.impl("norm_bwd_cpu", TORCH_BOX(&fastformer::cpu::norm_bwd));
+}
