@@ -1,6 +1,7 @@
 // Compiled once per ISA level with -DFASTFORMER_ISA=<level>; see vec.h.
 #include "kernels.h"
 
+#include "attention_fwd.h"
 #include "norm.h"
 
 #define FASTFORMER_KERNELS_OF(level) FASTFORMER_PASTE(kernels_, level)
@@ -15,6 +16,7 @@ const Kernels FASTFORMER_KERNELS_OF(FASTFORMER_ISA) = {
     .to_float32 = &FASTFORMER_ISA::to_float32,
     .norm_fwd = &FASTFORMER_ISA::norm_fwd,
     .norm_bwd = &FASTFORMER_ISA::norm_bwd,
+    .attention_fwd = &FASTFORMER_ISA::attention_fwd,
 };
 
 }  // namespace fastformer::cpu

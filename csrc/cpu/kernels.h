@@ -13,14 +13,15 @@ struct Kernels {
   void (*norm_fwd)(const NormFwd& call, int64_t row_begin, int64_t row_end);
   // dweight and dbias [cols] receive the sums over these rows; null where they are not needed.
   void (*norm_bwd)(const NormBwd& call, int64_t row_begin, int64_t row_end, float* dweight, float* dbias);
+
+  // False when there is no memory for scratch.
+  bool (*attention_fwd)(const AttentionFwd& call, int64_t item_begin, int64_t item_end);
 };
 
-#if defined(__x86_64__)
+// One for each level that the build compiled.
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx2;
-extern const Kernels kernels_sse2;
-#else
-extern const Kernels kernels_baseline;
-#endif
+extern const Kernels kernels_sse2;      // x86-64 without further flags
+extern const Kernels kernels_baseline;  // every other machine
 
 }  // namespace fastformer::cpu
