@@ -1,0 +1,131 @@
+"""Triton's kernels: CUDA and HIP tensors, and CPU tensors while Triton's interpreter is on.
+
+Importing this module does not import Triton: the kernels are imported by the first call that needs them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from ..specs import NormSpec
+
+_SERVED = ("norm_fwd", "norm_bwd")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Grids and row numbers are 32-bit.
+_MAX_ROWS = 2**31 - 1
+_OLDEST_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def _missing_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def _interpreting() -> bool:
+    """Whether the kernels run in Triton's interpreter. That is settled once, when they are imported."""
+    kernels = sys.modules.get("fastformer.triton_kernels")
+    if kernels is not None:
+        return kernels.INTERPRETED
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@functools.cache
+def _device_refusal(device: torch.device) -> str | None:
+    if torch.version.hip:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST_CAPABILITY:
+        return f"its kernels need compute capability 8.0, {device} has {capability[0]}.{capability[1]}"
+    return None
+
+
+def ready() -> str | None:
+    """None where some tensors can be served on this machine, else the reason why not."""
+    missing = _missing_triton()
+    if missing is not None or _interpreting():
+        return missing
+    if not torch.cuda.is_available():
+        return "torch sees no GPU, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
+    return _device_refusal(torch.device("cuda", torch.cuda.current_device()))
+
+
+def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """None if `op` on these tensors can be served, else the reason in one sentence."""
+    if op not in _SERVED:
+        return f"it has no {op} yet"
+    missing = _missing_triton()
+    if missing is not None:
+        return missing
+    for tensor in tensors:
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype not in _DTYPES:
+            return f"its kernels take float32, bfloat16 and float16, not {str(tensor.dtype).removeprefix('torch.')}"
+    first = tensors[0]
+    assert first is not None
+    if first.numel() > _MAX_ROWS * first.shape[-1]:
+        return f"its kernels take at most {_MAX_ROWS} rows"
+    if first.device.type == "cuda":
+        return None if _interpreting() else _device_refusal(first.device)
+    if first.device.type == "cpu":
+        return None if _interpreting() else "it serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"
+    return f"it serves CUDA and HIP tensors, not {first.device.type}"
+
+
+def norm_fwd(
+    spec: NormSpec,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, sum, mean, rstd) as the raw operator fastformer::norm_fwd_triton returns them."""
+    return torch.ops.fastformer.norm_fwd_triton.default(
+        x, residual, weight, bias, seed, spec.kind == "rms", spec.eps, spec.dropout_p
+    )
+
+
+def norm_bwd(
+    spec: NormSpec,
+    grad_out: Tensor,
+    grad_sum: Tensor | None,
+    s: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(ds, dx, dweight, dbias) as the raw operator fastformer::norm_bwd_triton returns them."""
+    return torch.ops.fastformer.norm_bwd_triton.default(
+        grad_out, grad_sum, s, weight, mean, rstd, seed,
+        spec.kind == "rms", spec.dropout_p, need_dweight, need_dbias,
+    )  # fmt: skip
+
+
+def _norm_fwd_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from ..triton_kernels.norm_fwd import norm_fwd as launch
+
+    return launch(*args)
+
+
+def _norm_bwd_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from ..triton_kernels.norm_bwd import norm_bwd as launch
+
+    return launch(*args)
+
+
+_library = Library("fastformer", "IMPL")
+for _key in ("CUDA", "CPU"):  # CPU: the interpreter
+    _library.impl("norm_fwd_triton", _norm_fwd_kernel, _key)
+    _library.impl("norm_bwd_triton", _norm_bwd_kernel, _key)

@@ -1,0 +1,48 @@
+"""What every launcher does before it launches: shapes and strides into kernel arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import triton
+
+TARGET = "hip" if torch.version.hip else "cuda"
+
+_STRIDES = ["stride_x", "stride_r", "stride_g", "stride_gs", "stride_s"]
+# One compilation serves every shape of a tile width: ALIGN says all that is worth knowing of a size.
+size_agnostic = triton.jit(do_not_specialize=[*_STRIDES, "rows", "C", "threshold", "steps", "partials"])
+
+
+def as_rows(tensor: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    """[rows, C] with contiguous columns, without a copy where the strides allow it, and its row stride."""
+    if tensor is None:
+        return None, 0
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    if rows.stride(1) != 1 and rows.shape[1] != 1:
+        rows = rows.contiguous()
+    return rows, rows.stride(0)
+
+
+def contiguous(vector: torch.Tensor | None) -> torch.Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
+def dropout_constants(dropout_p: float) -> tuple[int, float]:
+    """(threshold, scale): an element is kept where its 16-bit decision >= threshold, and then scaled."""
+    threshold = round(dropout_p * 65536)
+    return threshold, 65536 / (65536 - threshold) if threshold < 65536 else 0.0
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    # The interpreter's programs run one after another: a few keep both stages of the column sums exercised.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """Triton launches on the current device, whatever device the tensors are on."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
