@@ -5,6 +5,7 @@ from .errors import BackendError
 from .ops.attention import attention, scaled_dot_product_attention
 from .ops.feed_forward import feed_forward
 from .ops.norm import add_norm, layer_norm, rms_norm
+from .patching import patch, unpatch
 
 __all__ = [
     "BackendError",
@@ -14,8 +15,10 @@ __all__ = [
     "explain",
     "feed_forward",
     "layer_norm",
+    "patch",
     "rms_norm",
     "scaled_dot_product_attention",
+    "unpatch",
     "use_backend",
 ]
 __version__ = "0.1.0"

@@ -63,7 +63,9 @@ def _print_info(facts: dict[str, Any]) -> None:
         print(f"  missing       {extension['missing']}")
     else:
         cuda = extension["cuda"]
-        architectures = f"nvcc {cuda['nvcc']}, {' '.join(cuda['archs'])}" if cuda else f"none: {extension['no_cuda']}"
+        architectures = (
+            f"nvcc {cuda['nvcc']}, {' '.join(cuda['archs'])}" if cuda else f"none: {extension['no_cuda']}"
+        )
         print(f"  compiler      {extension['compiler']}, torch {extension['torch']}")
         print(f"  CPU           {extension['isa']} in use, built for {' '.join(extension['isa_levels'])}")
         print(f"  CUDA          {architectures}")

@@ -124,7 +124,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     except _Asked as asked:
         op, spec, tensors, backend = asked.call
     else:
-        raise TypeError(f"{function!r} called no operator; wanted one of fastformer's, such as fastformer.attention")
+        raise TypeError(
+            f"{function!r} called no operator; wanted one of fastformer's, such as fastformer.attention"
+        )
     finally:
         _chosen.explaining = False
     operator = op.removesuffix("_fwd")
@@ -140,6 +142,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     notes = tuple(
         f"{name}'s last dimension is not contiguous: it is copied once"
         for name, tensor in zip(TENSORS[operator], tensors, strict=True)
-        if tensor is not None and tensor.dim() > 1 and tensor.shape[-1] > 1 and tensor.stride(-1) not in (0, 1)
+        if tensor is not None
+        and tensor.dim() > 1
+        and tensor.shape[-1] > 1
+        and tensor.stride(-1) not in (0, 1)
     )
     return Explanation(backends, refusals, notes)

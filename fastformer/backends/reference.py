@@ -7,6 +7,8 @@ float64 stays float64. Nothing here is fast.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +31,25 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
+
+def vjp_at(
+    function: Callable[..., Any], arguments: Sequence[Any], places: Sequence[int]
+) -> tuple[Any, Callable[[Any], tuple[Tensor | None, ...]]]:
+    """function(*arguments), and the pullback to its arguments: a gradient at `places`, None elsewhere."""
+
+    def of_places(*inputs: Tensor) -> Any:
+        replaced = list(arguments)
+        for place, tensor in zip(places, inputs, strict=True):
+            replaced[place] = tensor
+        return function(*replaced)
+
+    outputs, pull = torch.func.vjp(of_places, *[arguments[place] for place in places])[:2]
+
+    def gradients(cotangents: Any) -> tuple[Tensor | None, ...]:
+        by_place = dict(zip(places, pull(cotangents), strict=True))
+        return tuple(by_place.get(place) for place in range(len(arguments)))
+
+    return outputs, gradients
 
 
 def dropout_threshold(p: float) -> int:
@@ -62,7 +83,8 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> list
 
 
 def keep_consecutive(seed: Tensor, p: float, rows: int, columns: int) -> Tensor:
-    """norm's decisions, bool [rows, columns]: column j = 8q + 2w + e is half e of word w of call (q, row, 0, 1)."""
+    """norm's decisions, bool [rows, columns]: column j = 8q + 2w + e is half e of word w of
+    call (q, row, 0, 1)."""
     q = torch.arange((columns + 7) // 8, device=seed.device)
     row = torch.arange(rows, device=seed.device)[:, None]
     zero = torch.zeros_like(row)
@@ -83,7 +105,6 @@ def keep_fragments(seed: Tensor, p: float, rows: Tensor, third: Tensor, fourth: 
     words = words.unflatten(-2, (blocks, 4)).transpose(-1, -2)  # [..., J, w, t]
     halves = torch.stack((words & 0xFFFF, words >> 16), -1)  # [..., J, w, t, e]
     return halves.flatten(-4)[..., :columns] >= dropout_threshold(p)
-
 
 
 def _unpack(packed: Tensor, sequence: Tensor, position: Tensor, count: int, longest: int) -> Tensor:
@@ -109,7 +130,7 @@ def _visible(
     lengths_q: Tensor | None,
     lengths_k: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """visible [B or 1, H or 1, M, N], and alive [B or 1, H or 1, 1, N]: the keys not masked for every query."""
+    """visible [B or 1, H or 1, M, N], and alive [B or 1, H or 1, 1, N]: keys not masked for every query."""
     _, _, M, N = shape
     j = torch.arange(N, device=device)
     alive = None
@@ -165,7 +186,18 @@ def attention(
     """out, lse, and the weights that `spec.return_weights` names, or None."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return _attention_padded(
-            spec, query, key, value, mask, key_padding_mask, None, key_lengths, bias, relative_bias, sink, seed
+            spec,
+            query,
+            key,
+            value,
+            mask,
+            key_padding_mask,
+            None,
+            key_lengths,
+            bias,
+            relative_bias,
+            sink,
+            seed,
         )
     assert spec.max_seqlen_q is not None and spec.max_seqlen_k is not None
     places_q = _places(cu_seqlens_q, query.shape[0])
@@ -270,24 +302,16 @@ def attention_bwd(
     *tensors: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, bias, relative_bias and sink, None for what was not given."""
-    places = [0, 1, 2, 6, 7, 8]  # in ATTENTION_TENSORS
-    given = [place for place in places if tensors[place] is not None]
-
-    def outputs(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        arguments = list(tensors)
-        for place, tensor in zip(given, inputs, strict=True):
-            arguments[place] = tensor
-        return attention(spec, *arguments)[:2]  # type: ignore[arg-type]
-
-    (out, lse), pull = torch.func.vjp(outputs, *[tensors[place] for place in given])
+    places = (0, 1, 2, 6, 7, 8)  # in ATTENTION_TENSORS
+    (out, lse), pull = vjp_at(
+        lambda *tensors: attention(spec, *tensors)[:2], tensors, [p for p in places if tensors[p] is not None]
+    )
     grads = pull((_given(grad_out, out), _given(grad_lse, lse)))
-    by_place = dict(zip(given, grads, strict=True))
-    return tuple(by_place.get(place) for place in places)
+    return tuple(grads[place] for place in places)
 
 
 def _given(grad: Tensor | None, output: Tensor) -> Tensor:
     return torch.zeros_like(output) if grad is None else grad
-
 
 
 def norm(
@@ -334,12 +358,10 @@ def norm_bwd(
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ds, dx (empty without dropout), dweight, dbias (float32, empty where not needed), of the saved sum s."""
+    """Of the saved sum s: ds, dx (empty without dropout), dweight and dbias (empty where not needed)."""
     wide = s.to(_compute_dtype(s.dtype))
     ones = wide.new_ones(s.shape[-1]) if weight is None else weight.to(wide.dtype)
-    _, pull = torch.func.vjp(
-        lambda s, weight, bias: _norm_of(spec, s, weight, bias), wide, ones, torch.zeros_like(ones)
-    )
+    pull = torch.func.vjp(partial(_norm_of, spec), wide, ones, torch.zeros_like(ones))[1]
     ds, dweight, dbias = pull(grad_out.to(wide.dtype))
     if grad_sum is not None:
         ds = ds + grad_sum.to(wide.dtype)
@@ -350,7 +372,6 @@ def norm_bwd(
         keep = keep_consecutive(seed, spec.dropout_p, s[..., 0].numel(), s.shape[-1]).view(s.shape)
         dx = torch.where(keep, ds * dropout_scale(spec.dropout_p), 0).to(s.dtype)
     return ds.to(s.dtype), dx, dweight if need_dweight else empty, dbias if need_dbias else empty
-
 
 
 def _activate(name: str, x: Tensor) -> Tensor:
@@ -402,15 +423,5 @@ def feed_forward_bwd(
     *tensors: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, w1, b1, w_gate, b_gate, w2, b2, None for what was not given; recomputes from x."""
-    *inputs, seed = tensors
-    given = [place for place, tensor in enumerate(inputs) if tensor is not None]
-
-    def output(*some: Tensor) -> Tensor:
-        arguments = list(inputs)
-        for place, tensor in zip(given, some, strict=True):
-            arguments[place] = tensor
-        return feed_forward(spec, *arguments, seed)  # type: ignore[arg-type]
-
-    _, pull = torch.func.vjp(output, *[inputs[place] for place in given])
-    by_place = dict(zip(given, pull(grad_out), strict=True))
-    return tuple(by_place.get(place) for place in range(len(inputs)))
+    given = [place for place, tensor in enumerate(tensors[:-1]) if tensor is not None]
+    return vjp_at(partial(feed_forward, spec), tensors, given)[1](grad_out)[:-1]

@@ -33,10 +33,10 @@ def _attention_fwd_fake(
 
 define(
     "attention_fwd",
-    "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? key_padding_mask, Tensor? key_lengths, Tensor? bias,"
-    " Tensor? relative_bias, Tensor? sink, Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale,"
-    " int? left, int? right, bool lower_right, float? softcap, float dropout_p, int? max_seqlen_q, int? max_seqlen_k)"
-    " -> (Tensor out, Tensor lse)",
+    "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? key_padding_mask, Tensor? key_lengths,"
+    " Tensor? bias, Tensor? relative_bias, Tensor? sink, Tensor? seed, Tensor? cu_seqlens_q,"
+    " Tensor? cu_seqlens_k, float scale, int? left, int? right, bool lower_right, float? softcap,"
+    " float dropout_p, int? max_seqlen_q, int? max_seqlen_k) -> (Tensor out, Tensor lse)",
     _attention_fwd_fake,
 )
 
@@ -49,7 +49,7 @@ class Attention(Operator):
         return (out, lse) if weights is None else (out, lse, weights)
 
     def forward(self, call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
-        return call.forward.attention_fwd(call.spec, *tensors)  # type: ignore[no-any-return]
+        return call.forward.attention_fwd(call.spec, *tensors)
 
     def differentiable(self, tensors: Tensors) -> int:
         return 2
@@ -58,7 +58,12 @@ class Attention(Operator):
         return *outputs, *tensors
 
     def backward(
-        self, backend: ModuleType, spec: AttentionSpec, needs: tuple[bool, ...], grads: Tensors, saved: Tensors
+        self,
+        backend: ModuleType,
+        spec: AttentionSpec,
+        needs: tuple[bool, ...],
+        grads: Tensors,
+        saved: Tensors,
     ) -> Tensors:
         by_place = dict(zip(_DIFFERENTIABLE, backend.attention_bwd(spec, *grads, *saved), strict=True))
         return tuple(by_place.get(place) for place in range(len(ATTENTION_TENSORS)))
@@ -72,7 +77,10 @@ def _autocast(tensors: tuple[Any, ...], device: str) -> tuple[Any, ...]:
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t is not None and t.dtype in FLOATS and t.dtype != torch.float64 else t for t in tensors)
+    return tuple(
+        t.to(dtype) if t is not None and t.dtype in FLOATS and t.dtype != torch.float64 else t
+        for t in tensors
+    )
 
 
 def _longest(cu_seqlens: Tensor) -> int:
@@ -145,14 +153,14 @@ def attention(
     if query.is_nested:
         if cu_seqlens_q is not None or cu_seqlens_k is not None or return_weights:
             raise ValueError(
-                "cu_seqlens or return_weights came with nested tensors; nested tensors carry their own offsets, "
-                "and weights need the packed form: pass .values() and cu_seqlens instead"
+                "cu_seqlens or return_weights came with nested tensors, which carry their own offsets and "
+                "have no form for weights: pass .values() and cu_seqlens instead"
             )
         query, key, value, offsets, cu_seqlens_q, cu_seqlens_k = _from_nested(query, key, value)
     if cu_seqlens_q is not None and cu_seqlens_k is None:
         cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_q
-    packed = cu_seqlens_q is not None and cu_seqlens_k is not None
-    if packed:
+    packed = cu_seqlens_q is not None
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
         square = cu_seqlens_q is cu_seqlens_k
         max_seqlen_q = _longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q
         max_seqlen_k = max_seqlen_q if square and max_seqlen_k is None else max_seqlen_k
@@ -179,23 +187,39 @@ def attention(
     query, key, value, bias, relative_bias, sink = floats
     masks = (_four_dims(mask), key_padding_mask, key_lengths)
     seed = resolve_seed(seed, dropout_p, query.device)
-    tensors = (query, key, value, *masks, _four_dims(bias), relative_bias, sink, seed, cu_seqlens_q, cu_seqlens_k)
+    tensors = (
+        query,
+        key,
+        value,
+        *masks,
+        _four_dims(bias),
+        relative_bias,
+        sink,
+        seed,
+        cu_seqlens_q,
+        cu_seqlens_k,
+    )
     check_attention(spec, tensors)
     outputs = run(_ATTENTION, spec, tensors, backend)
     if offsets is not None:
-        outputs = (_to_nested(outputs[0], offsets), _to_nested(outputs[1].transpose(0, 1).contiguous(), offsets))
+        outputs = (
+            _to_nested(outputs[0], offsets),
+            _to_nested(outputs[1].transpose(0, 1).contiguous(), offsets),
+        )
     if not return_lse and not return_weights:
         return outputs[0]
     return outputs[:1] + (outputs[1:2] if return_lse else ()) + outputs[2:]
 
 
-def _from_nested(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+def _from_nested(query: Any, key: Any, value: Any) -> tuple[Tensor, ...]:
     """Packed query, key, value, query's offsets, cu_seqlens_q and cu_seqlens_k.
 
     Jagged [B, H, j, D] is [B, j, H, D] transposed: its values are the packed form, its offsets cu_seqlens."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not tensor.is_nested or tensor.layout != torch.jagged or tensor.dim() != 4:
-            raise ValueError(f"{name} must be a nested tensor of layout torch.jagged, [B, H, j, D], as query is nested")
+            raise ValueError(
+                f"{name} must be a nested tensor of layout torch.jagged, [B, H, j, D], as query is nested"
+            )
     rows = [tensor.transpose(1, 2) for tensor in (query, key, value)]  # [B, j, H, D]
     offsets_q, offsets_k = rows[0].offsets(), rows[1].offsets()
     cu_seqlens_q = offsets_q.to(torch.int32)
@@ -225,17 +249,31 @@ def scaled_dot_product_attention(
     that may attend to nothing gives 0. Raises as `attention` does.
     """
     if is_causal and attn_mask is not None:
-        raise ValueError("is_causal came with attn_mask; wanted one of them: put the causal triangle into attn_mask")
-    if attn_mask is not None and attn_mask.dtype != torch.bool and attn_mask.dtype not in (query.dtype, torch.float32):
-        raise TypeError(f"attn_mask has dtype {attn_mask.dtype}; wanted bool, float32 or query's, {query.dtype}")
-    extra: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "causal": "upper_left" if is_causal else False}
+        raise ValueError(
+            "is_causal came with attn_mask; wanted one of them: put the causal triangle into attn_mask"
+        )
+    if (
+        attn_mask is not None
+        and attn_mask.dtype != torch.bool
+        and attn_mask.dtype not in (query.dtype, torch.float32)
+    ):
+        raise TypeError(
+            f"attn_mask has dtype {attn_mask.dtype}; wanted bool, float32 or query's, {query.dtype}"
+        )
+    extra: dict[str, Any] = {
+        "dropout_p": dropout_p,
+        "scale": scale,
+        "causal": "upper_left" if is_causal else False,
+    }
     if query.is_nested:
         if attn_mask is not None:
             raise ValueError("attn_mask came with nested tensors; wanted none, as in torch")
-        return attention(query, key, value, **extra)  # type: ignore[no-any-return]
+        return attention(query, key, value, **extra)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 2:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted [..., H, M, D] with at least 2 dimensions")
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; wanted [..., H, M, D] with at least 2 dimensions"
+            )
     try:
         lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
         heads = () if enable_gqa else torch.broadcast_shapes(*(t.shape[-3:-2] for t in (query, key, value)))
@@ -252,11 +290,11 @@ def scaled_dot_product_attention(
         extra["mask" if attn_mask.dtype == torch.bool else "bias"] = attn_mask
     out = attention(*(_fold(t, lead, heads) for t in (query, key, value)), **extra)
     all_matrices = max(query.dim(), key.dim(), value.dim()) == 2
-    return out.reshape(*lead, *(() if all_matrices else out.shape[1:2]), *out.shape[2:])  # type: ignore[no-any-return]
+    return out.reshape(*lead, *(() if all_matrices else out.shape[1:2]), *out.shape[2:])
 
 
 def _fold(tensor: Tensor, lead: tuple[int, ...], heads: tuple[int, ...]) -> Tensor:
-    """[prod(lead), H, M, D] of a tensor whose leading dimensions broadcast to `lead`; `heads` () keeps its own."""
+    """[prod(lead), H, M, D] of a tensor that broadcasts to [*lead, H, M, D]; `heads` () keeps its own H."""
     H = heads[0] if heads else (tensor.shape[-3] if tensor.dim() > 2 else 1)
     if tensor.dim() == 4 and tuple(tensor.shape[:2]) == (*lead, H):
         return tensor

@@ -64,7 +64,7 @@ def check_attention(spec: AttentionSpec, tensors: tuple[Tensor | None, ...]) -> 
     if not packed and key.shape[0] != query.shape[0]:
         raise ValueError(f"key has batch {key.shape[0]}; wanted {query.shape[0]}, which query has")
     H, H_kv = query.shape[head_axis], key.shape[head_axis]
-    if H != H_kv and (H_kv == 0 or H % H_kv):
+    if H_kv != H and (H_kv == 0 or H % H_kv):
         raise ValueError(f"query has {H} heads and key {H_kv}; wanted a multiple of key's")
     if packed:
         _check_packed(named)
@@ -79,7 +79,9 @@ def check_attention(spec: AttentionSpec, tensors: tuple[Tensor | None, ...]) -> 
 def _check_packed(named: dict[str, Tensor | None]) -> None:
     for name in ("key_padding_mask", "key_lengths"):
         if named[name] is not None:
-            raise ValueError(f"{name} came with packed sequences, whose lengths cu_seqlens already gives: leave it out")
+            raise ValueError(
+                f"{name} came with packed sequences, whose lengths cu_seqlens already gives: leave it out"
+            )
     for name in ("cu_seqlens_q", "cu_seqlens_k"):
         bounds = named[name]
         if bounds is None:
@@ -92,11 +94,15 @@ def _check_packed(named: dict[str, Tensor | None]) -> None:
     q, k = named["cu_seqlens_q"], named["cu_seqlens_k"]
     assert q is not None and k is not None
     if q.shape != k.shape:
-        raise ValueError(f"cu_seqlens_k has shape {tuple(k.shape)}; wanted {tuple(q.shape)}, which cu_seqlens_q has")
+        raise ValueError(
+            f"cu_seqlens_k has shape {tuple(k.shape)}; wanted {tuple(q.shape)}, which cu_seqlens_q has"
+        )
 
 
 def _broadcastable(tensor: Tensor, shape: tuple[int, int, int, int]) -> bool:
-    return tensor.dim() == 4 and all(size in (1, want) for size, want in zip(tensor.shape, shape, strict=True))
+    return tensor.dim() == 4 and all(
+        size in (1, want) for size, want in zip(tensor.shape, shape, strict=True)
+    )
 
 
 def _check_masks(named: dict[str, Tensor | None], shape: tuple[int, int, int, int], query: Tensor) -> None:
@@ -106,11 +112,17 @@ def _check_masks(named: dict[str, Tensor | None], shape: tuple[int, int, int, in
         if tensor is None:
             continue
         if tensor.dtype != torch.bool:
-            hint = "; a float mask is added to the scores: pass it as bias" if tensor.is_floating_point() else ""
-            raise TypeError(f"{name} has dtype {tensor.dtype}; wanted bool, True where a query may attend{hint}")
+            hint = (
+                "; a float mask is added to the scores: pass it as bias" if tensor.is_floating_point() else ""
+            )
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}; wanted bool, True where a query may attend{hint}"
+            )
         check_device(name, tensor, query, "query")
     if mask is not None and not _broadcastable(mask, shape):
-        raise ValueError(f"mask has shape {tuple(mask.shape)}; wanted one that broadcasts to {shape}, [B, H, M, N]")
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}; wanted one that broadcasts to {shape}, [B, H, M, N]"
+        )
     if padding is not None:
         check_shape("key_padding_mask", padding, (B, N), "[B, N]")
     if lengths is not None:
@@ -131,12 +143,15 @@ def _check_biases(named: dict[str, Tensor | None], shape: tuple[int, int, int, i
         check_float(name, tensor)
         check_device(name, tensor, query, "query")
     if bias is not None and not _broadcastable(bias, shape):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; wanted one that broadcasts to {shape}, [B, H, M, N]")
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}; wanted one that broadcasts to {shape}, [B, H, M, N]"
+        )
     if relative is not None:
         wanted = max(M + N - 1, 0)
         if relative.dim() != 2 or relative.shape[0] not in (1, H) or relative.shape[1] != wanted:
             raise ValueError(
-                f"relative_bias has shape {tuple(relative.shape)}; wanted [{H} or 1, {wanted}], which is [H or 1, M + N - 1]"
+                f"relative_bias has shape {tuple(relative.shape)}; wanted [{H} or 1, {wanted}], "
+                "which is [H or 1, M + N - 1]"
             )
     if sink is not None:
         check_shape("sink", sink, (H,), "[H]")

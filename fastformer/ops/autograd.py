@@ -48,7 +48,7 @@ class Operator:
     def backward(
         self, backend: ModuleType, spec: Any, needs: tuple[bool, ...], grads: Tensors, saved: Tensors
     ) -> Tensors:
-        """One gradient, or None, for each of `tensors`. With the reference as backend this is differentiable."""
+        """One gradient, or None, for each of `tensors`; with the reference as backend, differentiably."""
         raise NotImplementedError
 
 
@@ -62,20 +62,25 @@ class Call:
 
 
 def run(operator: Operator, spec: Any, tensors: Tensors, backend: str | None) -> tuple[Tensor, ...]:
-    """Choose the backends of both directions and run the call."""
+    """Choose the backends of both directions and run. The tensors have been cast as autocast asks."""
+    device = tensors[0].device.type  # type: ignore[union-attr]
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return run(operator, spec, tensors, backend)
     name = requested(backend)
     forward = choose(operator.name + "_fwd", spec, tensors, name)
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     # Dynamo can trace neither Function under vmap of grad.
     if forward is reference or _forward_mode() or (transformed and torch.compiler.is_compiling()):
         return operator.composition(spec, tensors)
-    if not transformed and not _wants_grad(tensors):
+    wants_grad = _wants_grad(tensors)
+    if not transformed and not wants_grad:
         return operator.forward(Call(operator, spec, forward, None), tensors)
     # Whether a transform will differentiate cannot be told from the tensors: do not refuse for its sake.
-    backward = choose(operator.name + "_bwd", spec, tensors, name if _wants_grad(tensors) else "auto")
+    backward = choose(operator.name + "_bwd", spec, tensors, name if wants_grad else "auto")
     call = Call(operator, spec, forward, backward)
     function = _Transformable if transformed else _Eager
-    return function.apply(call, *tensors)  # type: ignore[no-untyped-call,no-any-return]
+    return function.apply(call, *tensors)
 
 
 def _forward_mode() -> bool:
@@ -89,6 +94,7 @@ def _wants_grad(tensors: Tensors) -> bool:
 
 def _setup(ctx: Any, call: Call, tensors: Tensors, outputs: tuple[Tensor, ...]) -> None:
     ctx.call = call
+    ctx.device = tensors[0].device.type  # type: ignore[union-attr]
     ctx.input_dtypes = tuple(None if t is None else t.dtype for t in tensors)
     ctx.differentiable = call.operator.differentiable(tensors)
     ctx.save_for_backward(*call.operator.saved(tensors, outputs))
@@ -99,16 +105,19 @@ def _setup(ctx: Any, call: Call, tensors: Tensors, outputs: tuple[Tensor, ...]) 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     call = ctx.call
     nothing = (None,) * (1 + len(ctx.input_dtypes))
+    if torch.is_autocast_enabled(ctx.device):
+        with torch.autocast(ctx.device, enabled=False):
+            return _backward(ctx, *grads)
     # What torch.compile passes for an output without gradient is zeros, not None.
     grads = grads[: ctx.differentiable]
     if all(grad is None for grad in grads):
         return nothing
-    needs = ctx.needs_input_grad[1:]
+    needs, saved = ctx.needs_input_grad[1:], ctx.saved_tensors
     arguments = (call.operator, call.backward, call.spec, needs, len(grads))
     if torch.is_grad_enabled():
-        results = _Backward.apply(*arguments, *grads, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        results = _Backward.apply(*arguments, *grads, *saved)
     else:
-        results = call.operator.backward(call.backward, call.spec, needs, grads, ctx.saved_tensors)
+        results = call.operator.backward(call.backward, call.spec, needs, grads, saved)
     return None, *(
         result.to(dtype) if need and result is not None else None
         for result, dtype, need in zip(results, ctx.input_dtypes, needs, strict=True)
@@ -171,17 +180,12 @@ class _Backward(torch.autograd.Function):
             if tensor is not None and need
         ]
 
-        def results(*inputs: Tensor) -> tuple[Tensor, ...]:
-            replaced = list(arguments)
-            for place, tensor in zip(places, inputs, strict=True):
-                replaced[place] = tensor
-            split = ctx.grad_count
-            outputs = ctx.operator.backward(reference, ctx.spec, ctx.needs, replaced[:split], replaced[split:])
-            return tuple(
-                output for output, given in zip(outputs, ctx.given, strict=True) if given and output is not None
-            )
+        def given_results(*arguments: Tensor | None) -> tuple[Tensor | None, ...]:
+            grads, saved = arguments[: ctx.grad_count], arguments[ctx.grad_count :]
+            results = ctx.operator.backward(reference, ctx.spec, ctx.needs, grads, saved)
+            return tuple(result for result, given in zip(results, ctx.given, strict=True) if given)
 
-        primals, pull = torch.func.vjp(results, *[arguments[place] for place in places])
+        primals, pull = reference.vjp_at(given_results, arguments, places)
         cotangents = [grad for grad, given in zip(grads, ctx.given, strict=True) if given]
         second = pull(
             tuple(
@@ -189,5 +193,4 @@ class _Backward(torch.autograd.Function):
                 for primal, grad in zip(primals, cotangents, strict=True)
             )
         )
-        by_place = dict(zip(places, second, strict=True))
-        return (None,) * 5 + tuple(by_place.get(place) for place in range(len(arguments)))
+        return (None,) * 5 + second

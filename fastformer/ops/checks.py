@@ -38,7 +38,9 @@ def resolve_seed(seed: Tensor | int | None, dropout_p: float, device: torch.devi
     check_dropout(dropout_p)
     if seed is not None and not isinstance(seed, Tensor):
         if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed is a {type(seed).__name__}; wanted an int64 tensor of one element, or an int")
+            raise TypeError(
+                f"seed is a {type(seed).__name__}; wanted an int64 tensor of one element, or an int"
+            )
         seed = torch.tensor([seed], dtype=torch.int64, device=device)
     if seed is not None:
         if seed.dtype != torch.int64:

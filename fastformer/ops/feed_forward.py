@@ -53,7 +53,7 @@ class FeedForward(Operator):
     def forward(self, call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
         # The reference's backward recomputes from x, so that nothing needs to be kept for it.
         save_pre = call.backward not in (None, reference) and not call.spec.recompute
-        return call.forward.feed_forward_fwd(call.spec, *tensors, save_pre=save_pre)  # type: ignore[no-any-return]
+        return call.forward.feed_forward_fwd(call.spec, *tensors, save_pre=save_pre)
 
     def differentiable(self, tensors: Tensors) -> int:
         return 1
@@ -62,7 +62,12 @@ class FeedForward(Operator):
         return *outputs[1:], *tensors
 
     def backward(
-        self, backend: ModuleType, spec: FeedForwardSpec, needs: tuple[bool, ...], grads: Tensors, saved: Tensors
+        self,
+        backend: ModuleType,
+        spec: FeedForwardSpec,
+        needs: tuple[bool, ...],
+        grads: Tensors,
+        saved: Tensors,
     ) -> Tensors:
         return *backend.feed_forward_bwd(spec, grads[0], *saved), None
 
@@ -78,7 +83,9 @@ def _check(activation: str, named: dict[str, Tensor | None]) -> None:
     if activation in _GATED and w_gate is None:
         raise ValueError(f"w_gate is missing; activation {activation!r} is gated and needs one [F, E]")
     if activation in _PLAIN and w_gate is not None:
-        raise ValueError(f"w_gate came with activation {activation!r}; wanted a gated one, {', '.join(map(repr, _GATED))}")
+        raise ValueError(
+            f"w_gate came with activation {activation!r}; wanted a gated one, {', '.join(map(repr, _GATED))}"
+        )
     if named["b_gate"] is not None and w_gate is None:
         raise ValueError("b_gate came without w_gate")
     check_float("x", x)
@@ -92,10 +99,19 @@ def _check(activation: str, named: dict[str, Tensor | None]) -> None:
         raise ValueError("x has no dimensions; wanted [..., E]")
     for name, tensor in (("w1", w1), ("w2", w2)):
         if tensor.dim() != 2:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted two dimensions, as torch.nn.Linear has")
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; wanted two dimensions, as torch.nn.Linear has"
+            )
     E, F, E_out = x.shape[-1], w1.shape[0], w2.shape[0]
     wanted = {"w1": (F, E), "w_gate": (F, E), "b1": (F,), "b_gate": (F,), "w2": (E_out, F), "b2": (E_out,)}
-    meanings = {"w1": "[F, E]", "w_gate": "[F, E]", "b1": "[F]", "b_gate": "[F]", "w2": "[E_out, F]", "b2": "[E_out]"}
+    meanings = {
+        "w1": "[F, E]",
+        "w_gate": "[F, E]",
+        "b1": "[F]",
+        "b_gate": "[F]",
+        "w2": "[E_out, F]",
+        "b2": "[E_out]",
+    }
     for name, shape in wanted.items():
         tensor = named[name]
         if tensor is not None:
@@ -120,8 +136,8 @@ def feed_forward(
     """The Transformer's feed-forward block: dropout(activation(x w1ᵀ + b1)) w2ᵀ + b2.
 
     x [..., E], w1 [F, E], b1 [F], w2 [E_out, F], b2 [E_out] as torch.nn.Linear holds them, one float dtype.
-    activation: "relu", "gelu" (erf), "gelu_tanh", "silu", "relu2" (So et al., 2021); or gated (Shazeer, 2020):
-    "swiglu", "geglu", "geglu_tanh", "reglu", which need w_gate [F, E] and take b_gate [F]:
+    activation: "relu", "gelu" (erf), "gelu_tanh", "silu", "relu2" (So et al., 2021); or gated (Shazeer,
+    2020): "swiglu", "geglu", "geglu_tanh", "reglu", which need w_gate [F, E] and take b_gate [F]:
     act(x w_gateᵀ + b_gate) * (x w1ᵀ + b1).
     dropout_p drops hidden elements wherever it is above 0: pass 0 in evaluation; seed as in `add_norm`.
     Backward reads x and what w1 and w_gate gave; with recompute=True, x alone. Under autocast it runs in the

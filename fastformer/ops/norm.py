@@ -56,14 +56,15 @@ def _norm_bwd_fake(
 
 define(
     "norm_fwd",
-    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, bool rms, float eps, float dropout_p)"
-    " -> (Tensor out, Tensor sum, Tensor mean, Tensor rstd)",
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, bool rms, float eps,"
+    " float dropout_p) -> (Tensor out, Tensor sum, Tensor mean, Tensor rstd)",
     _norm_fwd_fake,
 )
 define(
     "norm_bwd",
-    "(Tensor grad_out, Tensor? grad_sum, Tensor s, Tensor? weight, Tensor mean, Tensor rstd, Tensor? seed, bool rms,"
-    " float dropout_p, bool need_dweight, bool need_dbias) -> (Tensor ds, Tensor dx, Tensor dweight, Tensor dbias)",
+    "(Tensor grad_out, Tensor? grad_sum, Tensor s, Tensor? weight, Tensor mean, Tensor rstd, Tensor? seed,"
+    " bool rms, float dropout_p, bool need_dweight, bool need_dbias)"
+    " -> (Tensor ds, Tensor dx, Tensor dweight, Tensor dbias)",
     _norm_bwd_fake,
 )
 
@@ -75,14 +76,14 @@ class Norm(Operator):
         return reference.norm(spec, *tensors)  # type: ignore[arg-type]
 
     def forward(self, call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
-        return call.forward.norm_fwd(call.spec, *tensors)  # type: ignore[no-any-return]
+        return call.forward.norm_fwd(call.spec, *tensors)
 
     def differentiable(self, tensors: Tensors) -> int:
         return 1 if tensors[1] is None else 2
 
     def saved(self, tensors: Tensors, outputs: tuple[Tensor, ...]) -> Tensors:
         x, residual, weight, _, seed = tensors
-        out, s, mean, rstd = outputs
+        _, s, mean, rstd = outputs
         return x if residual is None else s, weight, mean, rstd, seed
 
     def backward(
@@ -117,7 +118,7 @@ def _check_row_parameter(name: str, tensor: Tensor | None, x: Tensor) -> None:
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:
-    """torch normalises in float32 under autocast on every device type but the CPU, where it leaves the dtype alone."""
+    """Under autocast torch normalises in float32, but on the CPU it leaves the dtype alone."""
     device = x.device.type
     if device != "cpu" and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.float32
@@ -131,14 +132,13 @@ def _norm_over(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    backend: str | None,
 ) -> tuple[NormSpec, Tensors]:
     check_float("input", input)
     shape = tuple(normalized_shape)
     dims = len(shape)
     if dims == 0 or tuple(input.shape[-dims:]) != shape:
         raise ValueError(
-            f"normalized_shape is {shape} and input has shape {tuple(input.shape)}; wanted input's last dimensions"
+            f"normalized_shape is {shape}; wanted the last dimensions of input, {tuple(input.shape)}"
         )
     for name, parameter in (("weight", weight), ("bias", bias)):
         _check_row_parameter(name, parameter, input)
@@ -168,7 +168,7 @@ def layer_norm(
     shape and dtype. Deterministic, weight and bias gradients included. Raises ValueError for shapes and
     devices, TypeError for dtypes, BackendError where `backend` names one that cannot serve.
     """
-    spec, tensors = _norm_over("layer", input, normalized_shape, weight, bias, eps, backend)
+    spec, tensors = _norm_over("layer", input, normalized_shape, weight, bias, eps)
     out = run(_NORM, spec, tensors, backend)[0]
     return out.view(input.shape) if len(normalized_shape) > 1 else out
 
@@ -188,7 +188,7 @@ def rms_norm(
     """
     if eps is None:
         eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
-    spec, tensors = _norm_over("rms", input, normalized_shape, weight, None, eps, backend)
+    spec, tensors = _norm_over("rms", input, normalized_shape, weight, None, eps)
     out = run(_NORM, spec, tensors, backend)[0]
     return out.view(input.shape) if len(normalized_shape) > 1 else out
 
@@ -208,7 +208,7 @@ def _add_norm_call(
     check_device("residual", residual, x, "x")
     if residual.shape != x.shape or x.dim() == 0:
         raise ValueError(
-            f"residual has shape {tuple(residual.shape)} and x {tuple(x.shape)}; wanted one shape [..., C] for both"
+            f"residual has shape {tuple(residual.shape)}; wanted x's, {tuple(x.shape)}, at least [C]"
         )
     if kind not in ("layer", "rms"):
         raise ValueError(f"kind is {kind!r}; wanted 'layer' or 'rms'")
