@@ -5,30 +5,39 @@
 
 namespace fastformer::cpu::FASTFORMER_ISA {
 
-using U64 = uint64_t __attribute__((vector_size(4 * kLanes)));
-
 struct PhiloxVectors {
   U32 w[4];  // lane l of w[i] is word i of lane l's counter
 };
 
-// The 64-bit products of the even lanes with a constant.
-FASTFORMER_INLINE U64 multiply_even(U64 a, uint32_t constant) {
-#if defined(__AVX512F__)
-  return (U64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi32(static_cast<int>(constant)));
-#elif defined(__AVX2__)
-  return (U64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi32(static_cast<int>(constant)));
-#elif defined(__SSE2__)
-  return (U64)_mm_mul_epu32((__m128i)a, _mm_set1_epi32(static_cast<int>(constant)));
-#else
-  return (a & 0xFFFFFFFFu) * constant;
-#endif
-}
-
+// The low and the high words of every lane's 64-bit product with a constant. Hardware multiplies even lanes
+// only, so the odd ones are moved there, and the two sets of products are merged.
 FASTFORMER_INLINE void multiply_wide(U32 a, uint32_t constant, U32& low, U32& high) {
-  const U64 even = multiply_even((U64)a, constant);
-  const U64 odd = multiply_even((U64)a >> 32, constant);
-  low = (U32)((even & 0xFFFFFFFFu) | (odd << 32));
-  high = (U32)((even >> 32) | (odd & 0xFFFFFFFF00000000u));
+#if defined(__AVX512F__)
+  const __m512i factor = _mm512_set1_epi32(static_cast<int>(constant));
+  const __m512i even = _mm512_mul_epu32((__m512i)a, factor);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
+  low = (U32)_mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA);
+  high = (U32)_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
+#elif defined(__AVX2__)
+  const __m256i factor = _mm256_set1_epi32(static_cast<int>(constant));
+  const __m256i even = _mm256_mul_epu32((__m256i)a, factor);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
+  low = (U32)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  high = (U32)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+#elif defined(__SSE2__)
+  const __m128i factor = _mm_set1_epi32(static_cast<int>(constant));
+  const __m128i even = _mm_mul_epu32((__m128i)a, factor);
+  const __m128i odd = _mm_mul_epu32(_mm_srli_epi64((__m128i)a, 32), factor);
+  const __m128i low_words = _mm_set_epi32(0, -1, 0, -1);
+  low = (U32)_mm_or_si128(_mm_and_si128(low_words, even), _mm_slli_epi64(odd, 32));
+  high = (U32)_mm_or_si128(_mm_srli_epi64(even, 32), _mm_andnot_si128(low_words, odd));
+#else
+  for (int l = 0; l < kLanes; ++l) {
+    const uint64_t product = static_cast<uint64_t>(a[l]) * constant;
+    low[l] = static_cast<uint32_t>(product);
+    high[l] = static_cast<uint32_t>(product >> 32);
+  }
+#endif
 }
 
 FASTFORMER_INLINE PhiloxVectors philox4x32_7(uint64_t seed, U32 c0, U32 c1, U32 c2, U32 c3) {

@@ -51,6 +51,16 @@ FASTFORMER_INLINE I32 lane_index() {
   return lanes;
 }
 
+#if defined(__AVX512F__)
+// The 16-bit words of a register, numbered.
+using Words = uint16_t __attribute__((vector_size(64)));
+FASTFORMER_INLINE Words word_index() {
+  Words words;
+  for (uint16_t w = 0; w < 32; ++w) words[w] = w;
+  return words;
+}
+#endif
+
 // `mask` lanes are all ones or all zeros, as comparisons of vectors give them.
 FASTFORMER_INLINE F32 select(I32 mask, F32 a, F32 b) { return mask ? a : b; }
 FASTFORMER_INLINE I32 select(I32 mask, I32 a, I32 b) { return mask ? a : b; }
@@ -167,7 +177,15 @@ FASTFORMER_INLINE F32 exp2(F32 x) {
 
 // 16-bit floats, both roundings nearest even
 
-FASTFORMER_INLINE F32 widen_bfloat16(U16 bits) { return (F32)(__builtin_convertvector(bits, U32) << 16); }
+FASTFORMER_INLINE F32 widen_bfloat16(U16 bits) {
+#if defined(__AVX512F__)
+  // One permutation of words puts the bits into the high halves of lanes, and zeros into the low ones.
+  return (F32)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, (__m512i)(word_index() / 2),
+                                             _mm512_castsi256_si512((__m256i)bits));
+#else
+  return (F32)(__builtin_convertvector(bits, U32) << 16);
+#endif
+}
 
 FASTFORMER_INLINE U16 low_halves(U32 x) {
 #if defined(__AVX512F__)
@@ -180,10 +198,23 @@ FASTFORMER_INLINE U16 low_halves(U32 x) {
 #endif
 }
 
+// NaN stays NaN.
 FASTFORMER_INLINE U16 round_bfloat16(F32 x) {
+#if defined(__AVX512F__)
+  const __m512i bits = (__m512i)x;
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __mmask16 number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF));
+  rounded = _mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1));
+  // The odd words, that is the high halves, side by side.
+  const __m512i odd_words = (__m512i)(2 * word_index() + 1);
+  return (U16)_mm512_castsi512_si256(
+      _mm512_mask_permutexvar_epi16(_mm512_set1_epi16(0x7FC0), number, odd_words, rounded));
+#else
   const U32 bits = (U32)x;
   const U32 rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return low_halves(select(x == x, rounded, (bits >> 16) | 0x40u));  // a NaN stays one, made quiet
+  return low_halves(select(x == x, rounded, (bits >> 16) | 0x40u));
+#endif
 }
 
 FASTFORMER_INLINE F32 widen_float16(U16 half) {
