@@ -1,0 +1,159 @@
+"""python -m benchmarks: check and time everything, then write the report. `--help` lists the options."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import machine, memory, report
+from benchmarks.case import CONTENDERS, Grid
+from benchmarks.results import pooled
+
+FOLDER = Path(__file__).parent
+# `--only NAME` runs bench_NAME.py.
+MODULES = ("attention", "norm", "feed_forward", "launch", "sentence_encoder")
+
+
+class ProgressBar:
+    """A pytest plugin that moves the bar where pytest would print dots."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("collecting", total=None)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._progress.update(self._task, total=len(session.items))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        name = nodeid.partition("[")[2].removesuffix("]")
+        self._progress.update(
+            self._task, description=name.removesuffix(name[len(name.rstrip("0123456789")) :])
+        )
+
+    def pytest_runtest_logfinish(self) -> None:
+        self._progress.advance(self._task)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status 0: all is right. 1: a fastformer row is not, or the benchmark itself broke."""
+    options = _parser().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    grid = Grid(options.device, options.quick)
+    console = Console(stderr=True)
+    with _progress(console) as progress:
+        before = machine.matmul_gflops(grid.device, torch.float32)
+        raw = _timed(options, progress)
+        if raw is None:
+            return 1
+        found = _memory(options, grid, progress) if "sentence_encoder" in options.only else []
+        peaks = {dtype: machine.matmul_gflops(grid.device, getattr(torch, dtype)) for dtype in _dtypes(raw)}
+    after = peaks.get("float32", before)
+    peaks["float32"] = max(before, after)
+    results = {
+        "run": machine.description(grid.device)
+        | {"commit": raw["commit_info"].get("id"), "dirty": raw["commit_info"].get("dirty")}
+        | {
+            "when": raw["datetime"][:16].replace("T", " ") + " UTC",
+            "passes": grid.passes,
+            "quick": grid.quick,
+        }
+        | {"matmul_gflops": peaks, "matmul_before": before, "matmul_after": after},
+        "rows": pooled(raw),
+        "memory": found,
+    }
+    report.write(results, options.report)
+    _tell(results, options.report)
+    return int(any(row["contender"] == "fastformer" for row in report.wrong_rows(results)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Check and time fastformer.")
+    parser.add_argument(
+        "--quick", action="store_true", help="small shapes in float32, fewer passes: under a minute"
+    )
+    parser.add_argument("--only", nargs="+", choices=MODULES, default=MODULES, help="these parts alone")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: the GPU where there is one",
+    )
+    parser.add_argument("--report", type=Path, default=FOLDER / "report", help="folder for the report")
+    return parser
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    columns = (BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield progress
+
+
+def _timed(options: argparse.Namespace, progress: Progress) -> dict | None:
+    """pytest-benchmark's JSON of all passes, or None after telling what broke."""
+    printed = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "raw.json"
+        arguments = [str(FOLDER / f"bench_{name}.py") for name in options.only]
+        arguments += [f"--rootdir={FOLDER.parent}", f"--device={options.device}", f"--benchmark-json={raw}"]
+        arguments += ["--quick"] * options.quick + ["--benchmark-quiet", "--capture=no", "-q", "-W", "ignore"]
+        arguments += [
+            "-p",
+            "no:cacheprovider",
+            "-o",
+            "python_files=bench_*.py",
+            "-o",
+            "python_functions=bench_*",
+        ]
+        with contextlib.redirect_stdout(printed):
+            status = pytest.main(arguments, plugins=[ProgressBar(progress)])
+        if status != pytest.ExitCode.OK or not raw.exists():
+            print(printed.getvalue(), file=sys.stderr)
+            return None
+        return json.loads(raw.read_text())
+
+
+def _memory(options: argparse.Namespace, grid: Grid, progress: Progress) -> list[dict]:
+    jobs = [
+        (str(dtype).removeprefix("torch."), contender) for dtype in grid.dtypes for contender in CONTENDERS
+    ]
+    task = progress.add_task("peak memory of the sentence encoder", total=len(jobs))
+    found = []
+    for dtype, contender in jobs:
+        measured = memory.in_fresh_process(contender, dtype, grid, torch.get_num_threads())
+        bytes_, detail = (measured, "") if isinstance(measured, int) else (None, measured)
+        found.append({"dtype": dtype, "contender": contender, "peak_bytes": bytes_, "detail": detail})
+        progress.advance(task)
+    return found
+
+
+def _dtypes(raw: dict) -> list[str]:
+    return list(dict.fromkeys(row["dtype"] for row in raw["rows"]))
+
+
+def _tell(results: dict, folder: Path) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(report.table(results))
+    for row in report.wrong_rows(results):
+        console.print(
+            f"{row['status'].upper()}: {row['operator']} {row['case']} {row['contender']}: {row['detail']}"
+        )
+    console.print(report.summary(results), highlight=False)
+    console.print(f"report: {folder / 'report.md'}", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
