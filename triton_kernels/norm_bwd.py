@@ -273,5 +273,6 @@ def _column_sums(
         BLOCK_P=COLUMN_SUM.block_p,
         BLOCK_C=COLUMN_SUM.block_c,
         num_warps=COLUMN_SUM.num_warps,
+        enable_fp_fusion=False,  # it has nothing to fuse; Triton warns where the choice is left open
     )
     return sums
