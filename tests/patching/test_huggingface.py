@@ -154,8 +154,8 @@ def test_eager_attention_comes_back_after_unpatch():
 
 def with_dropout(architecture: str, p: float) -> dict:
     if architecture == "distilbert":
-        return dict(dropout=p, attention_dropout=p)
-    return dict(hidden_dropout_prob=p, attention_probs_dropout_prob=p)
+        return {"dropout": p, "attention_dropout": p}
+    return {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p}
 
 
 def trained(model: nn.Module, steps: int = 3) -> dict:
@@ -231,7 +231,7 @@ def test_attention_weights_and_hidden_states_on_request(architecture):
     stock, oracle = stock_copies(model)
     patch(model)
     inputs = ragged_inputs()
-    options = dict(output_attentions=True, output_hidden_states=True)
+    options = {"output_attentions": True, "output_hidden_states": True}
     results = [outputs(m, inputs, **options) for m in (model, stock, oracle)]
     assert len(results[0]["attentions"]) == LAYERS
     assert len(results[0]["hidden_states"]) == LAYERS + 1
@@ -298,7 +298,7 @@ def test_decoder_with_cache_and_cross_attention():
 
     @torch.no_grad()
     def decode(m):
-        given = dict(encoder_hidden_states=source.to(m.dtype), encoder_attention_mask=source_mask)
+        given = {"encoder_hidden_states": source.to(m.dtype), "encoder_attention_mask": source_mask}
         first = m(**inputs, **given, use_cache=True)
         logits, past = [first.logits], first.past_key_values
         mask = inputs["attention_mask"]

@@ -28,18 +28,32 @@ BERT_LIKE = (
 )
 ARCHITECTURES = (*BERT_LIKE, "albert", "distilbert", "mpnet")
 
-_SIZES = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=WIDTH,
-    intermediate_size=56,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-)
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 56,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 _OF_ITS_OWN = {
-    "distilbert": dict(vocab_size=VOCABULARY, dim=WIDTH, hidden_dim=56, n_layers=LAYERS, n_heads=4),
-    "albert": dict(_SIZES, embedding_size=16, hidden_act="gelu_new"),
-    "electra": dict(_SIZES, embedding_size=16),
+    "distilbert": {
+        "vocab_size": VOCABULARY,
+        "dim": WIDTH,
+        "hidden_dim": 56,
+        "n_layers": LAYERS,
+        "n_heads": 4,
+    },
+    "albert": {**_SIZES, "embedding_size": 16, "hidden_act": "gelu_new"},
+    "electra": {**_SIZES, "embedding_size": 16},
+    "markuplm": {**_SIZES, "max_depth": 4},
+    "roc_bert": {
+        **_SIZES,
+        "shape_vocab_size": 8,
+        "shape_embed_dim": 8,
+        "pronunciation_vocab_size": 8,
+        "pronunciation_embed_dim": 8,
+    },
 }
 
 
