@@ -1,0 +1,23 @@
+// The CUDA operators' entry points, as their schemas in fastformer/ops name them.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace fastformer::cuda {
+
+using torch::stable::Tensor;
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+FourTensors norm_fwd(const Tensor& x, const std::optional<Tensor>& residual,
+                     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                     const std::optional<Tensor>& seed, bool rms, double eps, double dropout_p);
+
+FourTensors norm_bwd(const Tensor& grad_out, const std::optional<Tensor>& grad_sum, const Tensor& s,
+                     const std::optional<Tensor>& weight, const Tensor& mean, const Tensor& rstd,
+                     const std::optional<Tensor>& seed, bool rms, double dropout_p, bool need_dweight,
+                     bool need_dbias);
+
+}  // namespace fastformer::cuda

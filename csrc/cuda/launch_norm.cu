@@ -1,0 +1,234 @@
+// Runs the plan of norm_plan.h: which instantiation, on which stream. The upper half knows no torch, and is
+// all that the device passes of nvcc see: torch's headers are parsed once instead of once for each
+// architecture, and the tests compile this file to PTX by itself.
+#include <cuda_runtime.h>
+
+#include "norm.cuh"
+
+namespace fastformer::cuda {
+
+template <typename Params>
+using Kernel = void (*)(Params);
+
+template <int kColumns>
+Kernel<NormFwdParams> norm_fwd_kept(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return norm_fwd_kept_kernel<DType::kFloat32, kColumns>;
+    case DType::kBFloat16:
+      return norm_fwd_kept_kernel<DType::kBFloat16, kColumns>;
+    case DType::kFloat16:
+      return norm_fwd_kept_kernel<DType::kFloat16, kColumns>;
+  }
+  return nullptr;
+}
+
+Kernel<NormFwdParams> kernel_of(NormKernel kernel, const NormFwdParams& p) {
+  switch (kernel) {
+    case NormKernel::kFwdKept16:
+      return norm_fwd_kept<16>(p.x_dtype);
+    case NormKernel::kFwdKept32:
+      return norm_fwd_kept<32>(p.x_dtype);
+    case NormKernel::kFwdAny:
+      return norm_fwd_any_kernel;
+    case NormKernel::kFwdWide:
+      return norm_fwd_wide_kernel;
+    default:
+      return nullptr;
+  }
+}
+
+Kernel<NormBwdParams> norm_bwd_kept(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return norm_bwd_kept_kernel<DType::kFloat32>;
+    case DType::kBFloat16:
+      return norm_bwd_kept_kernel<DType::kBFloat16>;
+    case DType::kFloat16:
+      return norm_bwd_kept_kernel<DType::kFloat16>;
+  }
+  return nullptr;
+}
+
+Kernel<NormBwdParams> kernel_of(NormKernel kernel, const NormBwdParams& p) {
+  switch (kernel) {
+    case NormKernel::kBwdKept:
+      return norm_bwd_kept(p.s_dtype);
+    case NormKernel::kBwdAny:
+      return norm_bwd_any_kernel;
+    case NormKernel::kBwdColumns:
+      return norm_bwd_columns_kernel;
+    case NormKernel::kBwdReduce:
+      return norm_bwd_reduce_kernel;
+    default:
+      return nullptr;
+  }
+}
+
+template <typename Params>
+cudaError_t launch(const NormPlan& plan, const Params& params, cudaStream_t stream) {
+  if (plan.grid_x == 0 || plan.grid_y == 0) return cudaSuccess;
+  kernel_of(plan.kernel,
+            params)<<<dim3(plan.grid_x, plan.grid_y), dim3(plan.block_x, plan.block_y), 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace fastformer::cuda
+
+#if !defined(__CUDA_ARCH__)
+#include <cmath>
+
+#include "launch.h"
+#include "tensors.h"
+
+namespace fastformer::cuda {
+namespace {
+
+template <typename Params>
+void run(const NormPlan& plan, const Params& params, const OnDevice& device) {
+  const cudaError_t error = launch(plan, params, device.stream());
+  STD_TORCH_CHECK(error == cudaSuccess, name_of(plan.kernel),
+                  " was not launched: ", cudaGetErrorString(error));
+}
+
+int64_t rows_in(const Tensor& tensor, int64_t columns) { return columns == 0 ? 0 : tensor.numel() / columns; }
+
+template <typename Params>
+void set_shape(Params& p, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.dim() > 0, "norm needs a last dimension to normalise over");
+  const int64_t columns = tensor.size(tensor.dim() - 1);
+  STD_TORCH_CHECK(columns <= int64_t{1} << 30, "norm over more than 2**30 columns is not served by cuda");
+  p.columns = static_cast<int32_t>(columns);
+  p.rows = rows_in(tensor, columns);
+  STD_TORCH_CHECK(p.rows < int64_t{1} << 31, "norm of 2**31 rows or more is not served by cuda");
+}
+
+template <typename Params>
+void set_dropout(Params& p, double dropout_p, const std::optional<Tensor>& seed) {
+  p.threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536.0));  // half to even
+  if (p.threshold == 0) return;
+  STD_TORCH_CHECK(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+                  "dropout needs a seed: an int64 tensor of one element");
+  p.seed = static_cast<const uint64_t*>(seed->const_data_ptr());
+  p.scale = p.threshold == 65536 ? 0.0f : static_cast<float>(65536.0 / (65536.0 - p.threshold));
+}
+
+// A parameter [columns], contiguous (copied if it was not), or nothing.
+std::optional<Tensor> row_parameter(const std::optional<Tensor>& tensor, int64_t columns, const char* name) {
+  if (!tensor.has_value()) return std::nullopt;
+  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == columns, name, " must have ", columns,
+                  " elements");
+  return tensor->is_contiguous() ? *tensor : torch::stable::contiguous(*tensor);
+}
+
+}  // namespace
+
+FourTensors norm_fwd(const Tensor& x, const std::optional<Tensor>& residual,
+                     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                     const std::optional<Tensor>& seed, bool rms, double eps, double dropout_p) {
+  NormFwdParams p{};
+  set_shape(p, x);
+  set_dropout(p, dropout_p, seed);
+  STD_TORCH_CHECK(p.threshold == 0 || residual.has_value(), "norm drops x only where there is a residual");
+  const OnDevice device(x);
+  const Rows x_rows = rows_of(x);
+  p.x = x_rows.data();
+  p.x_stride = x_rows.stride;
+  p.x_dtype = p.out_dtype = dtype_of(x, "x");
+  std::optional<Rows> residual_rows;
+  if (residual.has_value()) {
+    STD_TORCH_CHECK(residual->numel() == x.numel(), "residual must have x's shape");
+    residual_rows = rows_of(*residual);
+    p.residual = residual_rows->data();
+    p.residual_stride = residual_rows->stride;
+    p.residual_dtype = dtype_of(*residual, "residual");
+    if (p.residual_dtype != p.x_dtype) p.out_dtype = DType::kFloat32;
+  }
+  const auto weight_row = row_parameter(weight, p.columns, "weight");
+  const auto bias_row = row_parameter(bias, p.columns, "bias");
+  if (weight_row.has_value()) {
+    p.weight = weight_row->const_data_ptr();
+    p.weight_dtype = dtype_of(*weight_row, "weight");
+  }
+  if (bias_row.has_value()) {
+    p.bias = bias_row->const_data_ptr();
+    p.bias_dtype = dtype_of(*bias_row, "bias");
+  }
+  p.eps = static_cast<float>(eps);
+  p.rms = rms;
+
+  const auto shape = x.sizes();
+  const IntHeaderOnlyArrayRef row_shape(shape.data(), shape.size() - 1);
+  const ScalarType out_dtype = scalar_type_of(p.out_dtype);
+  Tensor out = empty_on(x, shape, out_dtype);
+  Tensor sum = residual.has_value() ? empty_on(x, shape, out_dtype) : nothing_on(x, out_dtype);
+  Tensor mean = rms ? nothing_on(x, ScalarType::Float) : empty_on(x, row_shape, ScalarType::Float);
+  Tensor rstd = empty_on(x, row_shape, ScalarType::Float);
+  p.out = out.mutable_data_ptr();
+  p.sum = sum.mutable_data_ptr();
+  p.mean = static_cast<float*>(mean.mutable_data_ptr());
+  p.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+  const NormPlan plan = plan_norm_fwd(p);
+  run(plan, p, device);
+  return {out, sum, mean, rstd};
+}
+
+FourTensors norm_bwd(const Tensor& grad_out, const std::optional<Tensor>& grad_sum, const Tensor& s,
+                     const std::optional<Tensor>& weight, const Tensor& mean, const Tensor& rstd,
+                     const std::optional<Tensor>& seed, bool rms, double dropout_p, bool need_dweight,
+                     bool need_dbias) {
+  NormBwdParams p{};
+  set_shape(p, s);
+  set_dropout(p, dropout_p, seed);
+  const OnDevice device(s);
+  const Rows s_rows = rows_of(s);
+  p.s = s_rows.data();
+  p.s_stride = s_rows.stride;
+  p.s_dtype = dtype_of(s, "s");
+  STD_TORCH_CHECK(grad_out.numel() == s.numel(), "grad_out must have s's shape");
+  const Rows grad_out_rows = rows_of(grad_out);
+  p.grad_out = grad_out_rows.data();
+  p.grad_out_stride = grad_out_rows.stride;
+  p.grad_out_dtype = dtype_of(grad_out, "grad_out");
+  std::optional<Rows> grad_sum_rows;
+  if (grad_sum.has_value()) {
+    STD_TORCH_CHECK(grad_sum->numel() == s.numel(), "grad_sum must have s's shape");
+    grad_sum_rows = rows_of(*grad_sum);
+    p.grad_sum = grad_sum_rows->data();
+    p.grad_sum_stride = grad_sum_rows->stride;
+    p.grad_sum_dtype = dtype_of(*grad_sum, "grad_sum");
+  }
+  const auto weight_row = row_parameter(weight, p.columns, "weight");
+  if (weight_row.has_value()) {
+    p.weight = weight_row->const_data_ptr();
+    p.weight_dtype = dtype_of(*weight_row, "weight");
+  }
+  STD_TORCH_CHECK(rstd.is_contiguous() && rstd.numel() == p.rows && (rms || mean.numel() == p.rows) &&
+                      mean.is_contiguous(),
+                  "mean and rstd must be those of the forward pass");
+  p.mean = static_cast<const float*>(mean.const_data_ptr());
+  p.rstd = static_cast<const float*>(rstd.const_data_ptr());
+  p.rms = rms;
+
+  const ScalarType dtype = scalar_type_of(p.s_dtype);
+  const int64_t columns = p.columns, none = 0;
+  Tensor ds = empty_on(s, s.sizes(), dtype);
+  Tensor dx = p.threshold > 0 ? empty_on(s, s.sizes(), dtype) : nothing_on(s, dtype);
+  Tensor dweight = empty_on(s, IntHeaderOnlyArrayRef(need_dweight ? &columns : &none, 1), ScalarType::Float);
+  Tensor dbias = empty_on(s, IntHeaderOnlyArrayRef(need_dbias ? &columns : &none, 1), ScalarType::Float);
+  p.ds = ds.mutable_data_ptr();
+  p.dx = dx.mutable_data_ptr();
+  const NormBwdPlan plan = plan_norm_bwd(p, device.multiprocessors(), need_dweight || need_dbias);
+  const int64_t partial_size = int64_t{p.partial_rows} * 2 * p.partial_stride;
+  const Tensor partial = empty_on(s, IntHeaderOnlyArrayRef(&partial_size, 1), ScalarType::Float);
+  if (partial_size > 0) p.partial = static_cast<float*>(partial.mutable_data_ptr());
+  if (need_dweight) p.dweight = static_cast<float*>(dweight.mutable_data_ptr());
+  if (need_dbias) p.dbias = static_cast<float*>(dbias.mutable_data_ptr());
+  run(plan.ds, p, device);
+  run(plan.columns, p, device);
+  run(plan.reduce, p, device);
+  return {ds, dx, dweight, dbias};
+}
+
+}  // namespace fastformer::cuda
+#endif

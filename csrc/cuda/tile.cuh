@@ -1,0 +1,181 @@
+// A row's units: how threads read, convert, drop and write a few neighbouring columns, and sum over a row.
+#pragma once
+
+#include "../philox.h"
+#include "norm_plan.h"
+#include "ptx.cuh"
+
+namespace fastformer::cuda {
+
+// The word type of one unit in memory: 16 bytes, or 8 for four columns of a 16-bit type.
+template <int kBytes>
+struct WordsOf;
+template <>
+struct WordsOf<8> {
+  using Type = uint2;
+};
+template <>
+struct WordsOf<16> {
+  using Type = uint4;
+};
+
+// For array indexing only: both dtypes fold away where the template argument is known.
+__device__ __forceinline__ float unpack_half(uint32_t word, int half, DType dtype) {
+  if (dtype == DType::kBFloat16) return __uint_as_float(half == 0 ? word << 16 : word & 0xffff0000u);
+  return unpack_float16(static_cast<uint16_t>(half == 0 ? word : word >> 16));
+}
+
+__device__ __forceinline__ uint32_t pack_halves(float low, float high, DType dtype) {
+  return dtype == DType::kBFloat16 ? pack_bfloat16(low, high) : pack_float16(low, high);
+}
+
+// kUnit floats from the words of 16-bit or float32 memory.
+template <int kUnit>
+__device__ __forceinline__ void unpack(const uint32_t* words, DType dtype, float (&values)[kUnit]) {
+  if (dtype == DType::kFloat32) {
+#pragma unroll
+    for (int e = 0; e < kUnit; ++e) values[e] = __uint_as_float(words[e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < kUnit; ++e) values[e] = unpack_half(words[e / 2], e % 2, dtype);
+  }
+}
+
+__device__ __forceinline__ float load_element(const void* row, DType dtype, int64_t column) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(row)[column];
+  return unpack_half(static_cast<const uint16_t*>(row)[column], 0, dtype);
+}
+
+__device__ __forceinline__ void store_element(void* row, DType dtype, int64_t column, float value) {
+  if (dtype == DType::kFloat32) {
+    static_cast<float*>(row)[column] = value;
+  } else {
+    static_cast<uint16_t*>(row)[column] = static_cast<uint16_t>(pack_halves(value, 0.0f, dtype));
+  }
+}
+
+// Unit `unit` of a row of any type; columns beyond the row are zeros.
+template <int kUnit>
+__device__ __forceinline__ void load_unit(const void* row, DType dtype, bool vector, int unit, int columns,
+                                          float (&values)[kUnit]) {
+  if (!vector) {
+#pragma unroll
+    for (int e = 0; e < kUnit; ++e) {
+      const int column = unit * kUnit + e;
+      values[e] = column < columns ? load_element(row, dtype, column) : 0.0f;
+    }
+  } else if (dtype == DType::kFloat32) {
+#pragma unroll
+    for (int i = 0; i < kUnit / 4; ++i) {
+      const float4 four = static_cast<const float4*>(row)[unit * (kUnit / 4) + i];
+      values[4 * i] = four.x, values[4 * i + 1] = four.y, values[4 * i + 2] = four.z,
+                 values[4 * i + 3] = four.w;
+    }
+  } else {
+    using Words = typename WordsOf<2 * kUnit>::Type;
+    const Words words = static_cast<const Words*>(row)[unit];
+    unpack(reinterpret_cast<const uint32_t*>(&words), dtype, values);
+  }
+}
+
+template <int kUnit>
+__device__ __forceinline__ void store_unit(void* row, DType dtype, bool vector, int unit, int columns,
+                                           const float (&values)[kUnit]) {
+  if (!vector) {
+#pragma unroll
+    for (int e = 0; e < kUnit; ++e) {
+      const int column = unit * kUnit + e;
+      if (column < columns) store_element(row, dtype, column, values[e]);
+    }
+  } else if (dtype == DType::kFloat32) {
+#pragma unroll
+    for (int i = 0; i < kUnit / 4; ++i) {
+      static_cast<float4*>(row)[unit * (kUnit / 4) + i] =
+          make_float4(values[4 * i], values[4 * i + 1], values[4 * i + 2], values[4 * i + 3]);
+    }
+  } else {
+    using Words = typename WordsOf<2 * kUnit>::Type;
+    Words words;
+#pragma unroll
+    for (int i = 0; i < kUnit / 2; ++i) {
+      reinterpret_cast<uint32_t*>(&words)[i] = pack_halves(values[2 * i], values[2 * i + 1], dtype);
+    }
+    static_cast<Words*>(row)[unit] = words;
+  }
+}
+
+// All of a thread's units of one aligned row, [kUnits, 16 bytes]: every load is issued before the first is
+// used. `wanted` false leaves zeros, as do units beyond the row.
+template <int kUnits>
+__device__ __forceinline__ void load_row(const void* row, int units, bool wanted, uint4 (&words)[kUnits]) {
+#pragma unroll
+  for (int k = 0; k < kUnits; ++k) {
+    const int unit = k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+    words[k] = load_streaming(static_cast<const uint4*>(row) + unit, wanted && unit < units);
+  }
+}
+
+__device__ __forceinline__ const void* row_at(const void* base, DType dtype, int64_t element) {
+  return static_cast<const char*>(base) + element * (dtype == DType::kFloat32 ? 4 : 2);
+}
+
+__device__ __forceinline__ void* row_at(void* base, DType dtype, int64_t element) {
+  return static_cast<char*>(base) + element * (dtype == DType::kFloat32 ? 4 : 2);
+}
+
+// values = dropout(values). Column 8q + 2w + e of a row is kept by half e of word w of counter (q, row, 0,
+// 1). A product of its own, never fused into a later sum, so that every backend rounds alike; what is dropped
+// is +0, even where the value was NaN.
+template <int kUnit>
+__device__ __forceinline__ void drop_unit(uint64_t seed, int64_t row, int unit, uint32_t threshold,
+                                          float scale, float (&values)[kUnit]) {
+  const uint32_t call = static_cast<uint32_t>(unit) / (8 / kUnit);
+  const PhiloxWords decisions = philox4x32_7(seed, call, static_cast<uint32_t>(row), 0, 1);
+#pragma unroll
+  for (int e = 0; e < kUnit; e += 2) {
+    uint32_t word = decisions.w[e / 2];
+    if (kUnit == 4 && unit % 2 == 1) word = decisions.w[e / 2 + 2];
+    values[e] = (word & 0xffffu) >= threshold ? __fmul_rn(values[e], scale) : 0.0f;
+    values[e + 1] = (word >> 16) >= threshold ? __fmul_rn(values[e + 1], scale) : 0.0f;
+  }
+}
+
+template <int kUnit>
+__device__ __forceinline__ float sum_of(const float (&values)[kUnit]) {
+  float sum = (values[0] + values[1]) + (values[2] + values[3]);
+  if constexpr (kUnit == 8) sum += (values[4] + values[5]) + (values[6] + values[7]);
+  return sum;
+}
+
+// Sums over groups of `threads` neighbouring lanes, a power of two; every lane gets its group's.
+__device__ __forceinline__ float warp_sum(float value, int threads) {
+#pragma unroll
+  for (int lane_bit = kWarp / 2; lane_bit > 0; lane_bit /= 2) {
+    if (lane_bit < threads) value += __shfl_xor_sync(0xffffffffu, value, lane_bit);
+  }
+  return value;
+}
+
+// Sums `values` over the blockDim.x threads that share a row; every thread gets the same bits. Rows wider
+// than a warp meet in `shared` [kMaxWarps], where no other sum may be under way; all threads of the block
+// must call.
+template <int kCount>
+__device__ __forceinline__ void row_sum(float (&values)[kCount], float (*shared)[kCount]) {
+  const int threads = static_cast<int>(blockDim.x);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = warp_sum(values[i], threads);
+  if (threads <= kWarp) return;
+
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warps = threads / kWarp;
+  const int first = static_cast<int>(threadIdx.y) * warps;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (lane == 0) shared[first + static_cast<int>(threadIdx.x) / kWarp][i] = values[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = warp_sum(lane < warps ? shared[first + lane][i] : 0.0f, kWarp);
+}
+
+}  // namespace fastformer::cuda

@@ -1,0 +1,9 @@
+// Binds the CUDA operators to the schemas that fastformer/ops defines.
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/launch.h"
+
+STABLE_TORCH_LIBRARY_IMPL(fastformer, CUDA, m) {
+  m.impl("norm_fwd_cuda", TORCH_BOX(&fastformer::cuda::norm_fwd));
+  m.impl("norm_bwd_cuda", TORCH_BOX(&fastformer::cuda::norm_bwd));
+}

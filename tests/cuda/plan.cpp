@@ -1,0 +1,15 @@
+// csrc/cuda/norm_plan.h for ctypes: the tests take every choice of kernel and grid from where the launcher
+// takes it.
+#include "cuda/norm_plan.h"
+
+using namespace fastformer::cuda;
+
+extern "C" {
+int64_t size_of_fwd() { return sizeof(NormFwdParams); }
+int64_t size_of_bwd() { return sizeof(NormBwdParams); }
+const char* kernel_name(int32_t kernel) { return name_of(static_cast<NormKernel>(kernel)); }
+void plan_fwd(NormFwdParams* p, NormPlan* plan) { *plan = plan_norm_fwd(*p); }
+void plan_bwd(NormBwdParams* p, int32_t multiprocessors, bool need_parameters, NormBwdPlan* plan) {
+  *plan = plan_norm_bwd(*p, multiprocessors, need_parameters);
+}
+}
