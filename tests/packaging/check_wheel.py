@@ -15,7 +15,7 @@ SMOKE = Path(__file__).with_name("smoke.py")
 
 
 def check_wheel(wheel: Path, torch_version: str, folder: Path) -> None:
-    """Install `wheel` beside torch `torch_version` into a new environment in `folder` and run smoke.py there."""
+    """Install `wheel` beside torch `torch_version` into a new environment in `folder`; run smoke.py there."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

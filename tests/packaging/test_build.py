@@ -1,4 +1,4 @@
-"""What the build left behind: one self-contained extension, and ISA levels that cannot leak into each other."""
+"""What the build left behind: one self-contained extension, and ISA levels that do not mix."""
 
 import json
 import os
@@ -61,4 +61,5 @@ def test_kernels_of_a_level_define_no_mergeable_symbol(level):
         pytest.skip("the object files are not here: built elsewhere")
     for path in objects:
         symbols = tool_output("nm", "--demangle", path).splitlines()
-        assert not [line for line in symbols if re.match(r"[0-9a-f]+ [VWu] ", line)]
+        weak = [line.split(maxsplit=2)[2] for line in symbols if re.match(r"[0-9a-f]+ [VWu] ", line)]
+        assert not [name for name in weak if not name.startswith("DW.ref.")]  # a pointer, the same everywhere

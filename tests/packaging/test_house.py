@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: sizes, what kernels may include, and no trace of anybody's machine."""
+"""The house rules that a machine can check: sizes, what kernels may include, no paths of a machine."""
 
 import ast
 import re
@@ -21,6 +21,14 @@ def name_of(path):
     return str(path.relative_to(ROOT))
 
 
+def length_of(function):
+    """Lines of a function without its docstring, which a public function needs long."""
+    first = function.body[0]
+    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    docstring = first.end_lineno - first.lineno + 1 if documented else 0
+    return function.end_lineno - function.lineno + 1 - docstring
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_files_and_functions_stay_short(path):
     text = path.read_text()
@@ -28,7 +36,7 @@ def test_files_and_functions_stay_short(path):
     if path.suffix == ".py":
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                assert node.end_lineno - node.lineno < LONGEST_FUNCTION, f"{node.name} in {name_of(path)}"
+                assert length_of(node) <= LONGEST_FUNCTION, f"{node.name} in {name_of(path)}"
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if path.suffix == ".cuh"], ids=name_of)
