@@ -99,4 +99,31 @@ struct AttentionFwd {
   int64_t chunk_rows, chunks;
 };
 
+enum class Activation : int32_t { kRelu, kGelu, kGeluTanh, kSilu, kRelu2 };
+
+// A weight as torch.nn.Linear holds it: [rows out, columns in], columns contiguous.
+struct Weight {
+  const void* data = nullptr;
+  int64_t row_stride = 0;
+};
+
+// out = dropout(act(x w1^T + b1)) w2^T + b2, gated: act(x w_gate^T + b_gate) * (x w1^T + b1), for one block
+// of rows. The hidden rows are whole, so that threads may share the block by columns in both products.
+struct FeedForwardFwd {
+  const void* x;  // [rows, E], columns contiguous
+  int64_t x_row_stride;
+  Weight w1, w_gate, w2;          // [F, E], [F, E] or null, [E_out, F]
+  const float *b1, *b_gate, *b2;  // [F], [F], [E_out]; null: 0
+  void *pre, *pre_gate;           // [rows, F] contiguous; null where they are not wanted
+  void* out;                      // [rows, E_out] contiguous
+  float* x_float32;               // [padded_rows, x_stride] scratch: x, with zero rows and columns around it
+  float* hidden;                  // [padded_rows, hidden_stride] scratch
+  int64_t rows, padded_rows, E, F, E_out;
+  int64_t x_stride, hidden_stride;
+  int64_t first_row;  // of this block in the whole x: dropout counts from there
+  Activation activation;
+  DType dtype;
+  Dropout dropout;
+};
+
 }  // namespace fastformer

@@ -101,6 +101,17 @@ __attribute__((noinline)) static float softmax_step(float* scores, int64_t count
   return rescale;
 }
 
+// out[kRows, kVectors * kLanes] = rescale * out + weights[kRows, depth] value[depth, kVectors * kLanes]
+template <int kRows, int kVectors>
+FASTFORMER_INLINE void accumulate_output(const float* weights, const float* value, int64_t value_stride,
+                                         int64_t depth, const AttentionBuffers& buffers, float* out) {
+  Tile<kRows, kVectors> tile;
+  tile.zero();
+  tile.multiply_add(depth, weights, kScoreStride, value, value_stride);
+  tile.add_scaled(out, buffers.ldo, buffers.rescale);
+  tile.store_to(out, buffers.ldo);
+}
+
 // One tile of kRows queries against one block of keys; `row` counts in the chunk, `i` in the head. Rows
 // from M on are padding: they are multiplied along and never read.
 template <int kRows>
@@ -136,18 +147,10 @@ static void attend_tile(const AttentionFwd& call, const Visibility& visibility, 
   float* const out = buffers.out + row * buffers.ldo;
   int64_t d = 0;
   for (; d + kPanel <= buffers.ldo; d += kPanel) {
-    Tile<kRows, 2> tile;
-    tile.load_from(out + d, buffers.ldo);
-    tile.scale_rows(buffers.rescale);
-    tile.multiply_add(end - begin, weights, kScoreStride, value + d, block.value_stride);
-    tile.store_to(out + d, buffers.ldo);
+    accumulate_output<kRows, 2>(weights, value + d, block.value_stride, end - begin, buffers, out + d);
   }
   if (d < buffers.ldo) {
-    Tile<kRows, 1> tile;
-    tile.load_from(out + d, buffers.ldo);
-    tile.scale_rows(buffers.rescale);
-    tile.multiply_add(end - begin, weights, kScoreStride, value + d, block.value_stride);
-    tile.store_to(out + d, buffers.ldo);
+    accumulate_output<kRows, 1>(weights, value + d, block.value_stride, end - begin, buffers, out + d);
   }
 }
 

@@ -33,14 +33,6 @@ struct Tile {
     }
   }
 
-  __attribute__((always_inline)) void load_from(const float* c, int64_t ldc) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[i][v] = load(c + i * ldc + v * kLanes);
-    }
-  }
-
   __attribute__((always_inline)) void store_to(float* c, int64_t ldc) const {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
@@ -49,13 +41,21 @@ struct Tile {
     }
   }
 
-  // Row i times factors[i].
-  __attribute__((always_inline)) void scale_rows(const float* factors) {
+  __attribute__((always_inline)) void add(const float* c, int64_t ldc) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[i][v] += load(c + i * ldc + v * kLanes);
+    }
+  }
+
+  // acc += row i of c times factors[i].
+  __attribute__((always_inline)) void add_scaled(const float* c, int64_t ldc, const float* factors) {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const F32 factor = splat(factors[i]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[i][v] *= factor;
+      for (int v = 0; v < kVectors; ++v) acc[i][v] = fma(load(c + i * ldc + v * kLanes), factor, acc[i][v]);
     }
   }
 

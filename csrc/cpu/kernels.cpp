@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "attention_fwd.h"
+#include "feed_forward.h"
 #include "norm.h"
 
 #define FASTFORMER_KERNELS_OF(level) FASTFORMER_PASTE(kernels_, level)
@@ -17,6 +18,9 @@ const Kernels FASTFORMER_KERNELS_OF(FASTFORMER_ISA) = {
     .norm_fwd = &FASTFORMER_ISA::norm_fwd,
     .norm_bwd = &FASTFORMER_ISA::norm_bwd,
     .attention_fwd = &FASTFORMER_ISA::attention_fwd,
+    .feed_forward_widen = &FASTFORMER_ISA::feed_forward_widen,
+    .feed_forward_hidden = &FASTFORMER_ISA::feed_forward_hidden,
+    .feed_forward_output = &FASTFORMER_ISA::feed_forward_output,
 };
 
 }  // namespace fastformer::cpu

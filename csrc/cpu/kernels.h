@@ -16,6 +16,11 @@ struct Kernels {
 
   // False when there is no memory for scratch.
   bool (*attention_fwd)(const AttentionFwd& call, int64_t item_begin, int64_t item_end);
+
+  // The stages of one block of rows, in this order; the last two as attention_fwd.
+  void (*feed_forward_widen)(const FeedForwardFwd& call, int64_t row_begin, int64_t row_end);
+  bool (*feed_forward_hidden)(const FeedForwardFwd& call, int64_t column_begin, int64_t column_end);
+  bool (*feed_forward_output)(const FeedForwardFwd& call, int64_t column_begin, int64_t column_end);
 };
 
 // One for each level that the build compiled.
