@@ -23,28 +23,28 @@ class ColumnSumConfig(NamedTuple):
     num_warps: int
 
 
-# Tiles of whole rows: {operator: {tile width: (rows, warps of 32 threads)}}. Rows wider than the last entry
-# take the operator's entry in _WIDE.
+# Tiles of whole rows: {operator: {tile width: (rows, warps of 32 threads)}}. Wider rows take _WIDE, and so do
+# unaligned rows of the last width, because with dropout those spill (32 to 96 bytes a thread).
 _WHOLE_ROWS = {
-    # 16 elements a thread, 32 at 1024 columns: 40 to 80 registers, and two to four 16-byte loads in flight
-    # from each input. One warp up to 1024 columns, because its reductions are shuffles and wait for no
-    # barrier; from there on two barriers a reduction are cheaper than the registers of a longer row.
+    # 32 elements a thread: 60 to 100 registers, and every warp has four 16-byte loads in flight from each
+    # input. One warp up to 1024 columns, because its reductions are shuffles and wait for no barrier. At 16
+    # elements ptxas aims at 48 registers on sm_90, and with mixed dtypes spills 8 bytes to get there.
     "norm_fwd": {
-        8: (64, 1),
-        16: (32, 1),
-        32: (16, 1),
-        64: (8, 1),
-        128: (4, 1),
-        256: (2, 1),
-        512: (1, 1),
+        8: (128, 1),
+        16: (64, 1),
+        32: (32, 1),
+        64: (16, 1),
+        128: (8, 1),
+        256: (4, 1),
+        512: (2, 1),
         1024: (1, 1),
-        2048: (1, 4),
-        4096: (1, 8),
-        8192: (1, 16),
-        16384: (1, 32),
+        2048: (1, 2),
+        4096: (1, 4),
+        8192: (1, 8),
+        16384: (1, 16),
     },
-    # 16 elements a thread: grad_out, s, ds and two accumulators are live, 128 registers. At least four warps,
-    # because all rows of a program share one row of partial sums, and those are traffic too.
+    # 16 elements a thread: grad_out, s, ds and two accumulators are live, about 128 registers. At least four
+    # warps, because the rows of a program share one row of partial sums, and those are traffic too.
     "norm_bwd": {
         8: (256, 4),
         16: (128, 4),
@@ -61,8 +61,8 @@ _WHOLE_ROWS = {
 }
 _WIDE = {
     "norm_fwd": NormConfig(1, 8192, 16, True),
-    # 16 rows share a row of partial sums, 512 columns are 1 KiB of each row at a time.
-    "norm_bwd": NormConfig(16, 512, 16, True),
+    # 16 rows share a row of partial sums. With 512 columns in 16 warps float32 spills at 128 registers.
+    "norm_bwd": NormConfig(16, 256, 8, True),
 }
 # 128-byte pieces of 64 partial rows: enough programs at small widths, few steps at the usual 264 rows.
 COLUMN_SUM = ColumnSumConfig(64, 32, 4)
@@ -71,23 +71,29 @@ _BWD_WARPS_PER_SM = 16
 
 
 @functools.cache
-def norm_config(target: str, op: str, width: int) -> NormConfig:
-    """The tile for rows of `width` columns; target is "cuda" or "hip", op "norm_fwd" or "norm_bwd"."""
+def norm_config(target: str, op: str, width: int, align: int) -> NormConfig:
+    """The tile for rows of `width` columns.
+
+    target is "cuda" or "hip", op "norm_fwd" or "norm_bwd"; align, 8 at most, divides every row's offset.
+    """
     tiles = _WHOLE_ROWS[op]
     block_c = max(8, 1 << (width - 1).bit_length())  # dropout decides eight columns at a time
-    config = (
-        NormConfig(*tiles[block_c][:1], block_c, tiles[block_c][1], False) if block_c in tiles else _WIDE[op]
-    )
+    if block_c < max(tiles) or (block_c == max(tiles) and align == 8):
+        rows, num_warps = tiles[block_c]
+        config = NormConfig(rows, block_c, num_warps, False)
+    else:
+        config = _WIDE[op]
     if target == "hip":  # the same threads are half as many warps of 64
         config = config._replace(num_warps=max(1, config.num_warps // 2))
     return config
 
 
-def norm_configs(target: str, op: str) -> Iterator[NormConfig]:
-    """Every tile that `norm_config` can return."""
+def norm_configs(target: str, op: str) -> Iterator[tuple[int, int, NormConfig]]:
+    """(width, align, tile) for every tile that `norm_config` can return, at every alignment of its rows."""
     widths = list(_WHOLE_ROWS[op])
-    for width in [*widths, widths[-1] + 1]:
-        yield norm_config(target, op, width)
+    for width in [*widths, 2 * widths[-1]]:
+        for align in (8, 1):
+            yield width, align, norm_config(target, op, width, align)
 
 
 def bwd_programs(target: str, config: NormConfig, sm_count: int) -> int:

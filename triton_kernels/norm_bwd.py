@@ -207,7 +207,6 @@ def norm_bwd(
     """
     C = s.shape[-1]
     rows = rstd.numel()
-    config = norm_config(TARGET, "norm_bwd", C)
     threshold, scale = dropout_constants(dropout_p)
     ds = torch.empty(s.shape, dtype=s.dtype, device=s.device)
     dx = torch.empty(s.shape if threshold else 0, dtype=s.dtype, device=s.device)
@@ -216,14 +215,16 @@ def norm_bwd(
             torch.zeros(C * need, dtype=torch.float32, device=s.device) for need in (need_dweight, need_dbias)
         )
         return ds, dx, dweight, dbias
+    grad_out, stride_g = as_rows(grad_out)
+    grad_sum, stride_gs = as_rows(grad_sum)
+    s, stride_s = as_rows(s)
+    align = math.gcd(C, stride_g, stride_gs, stride_s, 8)
+    config = norm_config(TARGET, "norm_bwd", C, align)
     groups = triton.cdiv(rows, config.rows)
     steps = 1 if config.wide else triton.cdiv(groups, bwd_programs(TARGET, config, sm_count(s.device)))
     programs = triton.cdiv(groups, steps)
     dweight = torch.empty((programs, C) if need_dweight else 0, dtype=torch.float32, device=s.device)
     dbias = torch.empty((programs, C) if need_dbias else 0, dtype=torch.float32, device=s.device)
-    grad_out, stride_g = as_rows(grad_out)
-    grad_sum, stride_gs = as_rows(grad_sum)
-    s, stride_s = as_rows(s)
     kernel = _norm_bwd_wide_kernel if config.wide else _norm_bwd_kernel
     with on_device(s):
         kernel[(programs,)](
@@ -246,7 +247,7 @@ def norm_bwd(
             threshold,
             scale,
             steps,
-            ALIGN=math.gcd(C, stride_g, stride_gs, stride_s, 8),
+            ALIGN=align,
             ROWS=config.rows,
             BLOCK_C=config.block_c,
             num_warps=config.num_warps,

@@ -144,7 +144,6 @@ def norm_fwd(
         a residual. The rows' mean (empty [0] for RMS norm) and reciprocal deviation, float32 [...].
     """
     C = x.shape[-1]
-    config = norm_config(TARGET, "norm_fwd", C)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     summed = torch.empty(x.shape if residual is not None else 0, dtype=dtype, device=x.device)
@@ -155,6 +154,8 @@ def norm_fwd(
         return out, summed, mean, rstd
     x, stride_x = as_rows(x)
     residual, stride_r = as_rows(residual)
+    align = math.gcd(C, stride_x, stride_r, 8)
+    config = norm_config(TARGET, "norm_fwd", C, align)
     threshold, scale = dropout_constants(dropout_p)
     kernel = _norm_fwd_wide_kernel if config.wide else _norm_fwd_kernel
     with on_device(x):
@@ -175,7 +176,7 @@ def norm_fwd(
             eps,
             threshold,
             scale,
-            ALIGN=math.gcd(C, stride_x, stride_r, 8),
+            ALIGN=align,
             ROWS=config.rows,
             BLOCK_C=config.block_c,
             num_warps=config.num_warps,

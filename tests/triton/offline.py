@@ -1,4 +1,4 @@
-"""Triton's kernels without a GPU: what a launcher launches is caught, compiled for any target, and run by ptxvm.
+"""Triton's kernels without a GPU: what a launcher launches is caught, compiled for any target, run by ptxvm.
 
 The launcher runs as it is; only the jitted kernels of its module are exchanged, so that grids, arguments and
 their specialisation are the ones that a GPU would get.
@@ -6,21 +6,19 @@ their specialisation are the ones that a GPU would get.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
 import triton
+from fastformer.triton_kernels import norm_bwd, norm_fwd
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastformer.triton_kernels import norm_bwd, norm_fwd
+from fastformer.backends import triton as backend
 from tests import ptxvm
 
 TARGETS = {
@@ -29,8 +27,14 @@ TARGETS = {
 }
 # Bytes of shared memory that one program may use.
 SHARED_LIMIT = {
-    **{"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10},
-    **{"sm_120": 99 << 10, "gfx942": 64 << 10, "gfx950": 160 << 10},
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+    "gfx950": 160 << 10,
 }
 LAUNCHERS = (norm_fwd, norm_bwd)
 
@@ -62,13 +66,13 @@ def catch_launches(monkeypatch, target, run):
 
 
 def compile_launch(launch, target):
-    """Compile a Launch as Triton's own launch would, without a device; returns (compiled, runtime arguments)."""
+    """Compile a Launch as Triton would: (compiled, {runtime argument: value})."""
     kernel, _, args, options = launch
-    backend = make_backend(TARGETS[target])
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    compiler = make_backend(TARGETS[target])
+    binder = create_function_from_signature(kernel.signature, kernel.params, compiler)
     bound, specialization, parsed = binder(*args, debug=False, **options)
     parsed, signature, constants, attributes = kernel._pack_args(
-        backend, {"debug": False, **options}, bound, specialization, parsed
+        compiler, {"debug": False, **options}, bound, specialization, parsed
     )
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=parsed.__dict__)
@@ -88,7 +92,9 @@ def resources(compiled):
         text = compiled.asm["amdgcn"]
         number = lambda key: int(re.search(rf"\.{key}:\s*(\d+)", text).group(1))
         spilled = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
-        return Resources(number("vgpr_count"), spilled + number("private_segment_fixed_size"), compiled.metadata.shared)
+        return Resources(
+            number("vgpr_count"), spilled + number("private_segment_fixed_size"), compiled.metadata.shared
+        )
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -99,13 +105,17 @@ def resources(compiled):
 
 
 class Emulation:
-    """Runs every launch on ptxvm, all checks on, and keeps the counters: (kernel's name, Counters)."""
+    """Runs every launch on ptxvm with all checks on; `counters` holds each kernel's latest, by its name.
+
+    Like the interpreter's, its tensors are CPU tensors, and the backend serves them.
+    """
 
     def __init__(self, monkeypatch, target):
-        self.target, self.counters = target, []
+        self.target, self.counters = target, {}
         catch_launches(monkeypatch, target, self._run)
+        monkeypatch.setattr(backend, "_interpreting", lambda: True)
 
     def _run(self, launch):
         compiled, arguments = compile_launch(launch, self.target)
         counters = ptxvm.from_triton(compiled).launch(launch.grid, **arguments)
-        self.counters.append((launch.kernel.fn.__name__, counters))
+        self.counters[launch.kernel.__name__] = counters

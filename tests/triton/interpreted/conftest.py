@@ -1,5 +1,5 @@
-"""Triton decides when a kernel is defined whether it will be interpreted, so these tests need a process of their
-own: ../test_interpreter.py starts one. Anywhere else there is nothing to collect here."""
+"""Triton decides when a kernel is defined whether it will be interpreted, so these tests need a process of
+their own: ../test_interpreter.py starts one. Anywhere else there is nothing to collect here."""
 
 import os
 

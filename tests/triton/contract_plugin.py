@@ -1,0 +1,5 @@
+"""A pytest plugin (`-p tests.triton.contract_plugin`): tests/ops judges the Triton backend alone."""
+
+from tests.ops import judging
+
+judging.BACKENDS = ("triton",)
