@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import machine, memory, report
-from benchmarks.case import CONTENDERS, Grid
+from benchmarks.case import Grid
 from benchmarks.results import pooled
 
 FOLDER = Path(__file__).parent
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         raw = _timed(options, progress)
         if raw is None:
             return 1
-        found = _memory(options, grid, progress) if "sentence_encoder" in options.only else []
+        found = _memory(grid, progress) if "sentence_encoder" in options.only else []
         peaks = {dtype: machine.matmul_gflops(grid.device, getattr(torch, dtype)) for dtype in _dtypes(raw)}
     after = peaks.get("float32", before)
     peaks["float32"] = max(before, after)
@@ -81,7 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Check and time fastformer.")
     parser.add_argument(
-        "--quick", action="store_true", help="small shapes in float32, fewer passes: under a minute"
+        "--quick",
+        action="store_true",
+        help="small shapes in float32, fewer passes, no torch.compile: under a minute",
     )
     parser.add_argument("--only", nargs="+", choices=MODULES, default=MODULES, help="these parts alone")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
@@ -126,16 +128,13 @@ def _timed(options: argparse.Namespace, progress: Progress) -> dict | None:
         return json.loads(raw.read_text())
 
 
-def _memory(options: argparse.Namespace, grid: Grid, progress: Progress) -> list[dict]:
-    jobs = [
-        (str(dtype).removeprefix("torch."), contender) for dtype in grid.dtypes for contender in CONTENDERS
-    ]
-    task = progress.add_task("peak memory of the sentence encoder", total=len(jobs))
+def _memory(grid: Grid, progress: Progress) -> list[dict]:
+    task = progress.add_task("peak memory of the sentence encoder", total=len(grid.contenders))
     found = []
-    for dtype, contender in jobs:
-        measured = memory.in_fresh_process(contender, dtype, grid, torch.get_num_threads())
+    for contender in grid.contenders:
+        measured = memory.in_fresh_process(contender, grid, torch.get_num_threads())
         bytes_, detail = (measured, "") if isinstance(measured, int) else (None, measured)
-        found.append({"dtype": dtype, "contender": contender, "peak_bytes": bytes_, "detail": detail})
+        found.append({"contender": contender, "peak_bytes": bytes_, "detail": detail})
         progress.advance(task)
     return found
 

@@ -21,7 +21,6 @@ SPOILED = """
 import sys
 from benchmarks import bench_norm
 from benchmarks.__main__ import main
-bench_norm.compiled = lambda function: function  # compiling C++ is no part of what is tested here
 rivals = bench_norm.RIVALS["layer_norm"]
 spoiled = lambda *inputs: 1.001 * rivals.fastformer(*inputs)
 bench_norm.RIVALS["layer_norm"] = rivals._replace(fastformer=spoiled)
