@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Iterator
+from typing import Any
 
 import transformers
 from torch import nn
@@ -85,7 +86,7 @@ def patch(root: nn.Module, replaced: list[Replaced], left: list[Left]) -> None:
     taken = _fuse_blocks(root, replaced, left)
     _fuse_layer_norms(root, models, taken, replaced)
 
-    known = {item.path for item in (*replaced, *left)}
+    known = {item.path for item in replaced} | {item.path for item in left}
     unknown = [
         (path, module)
         for path, module in models
@@ -101,10 +102,14 @@ def unpatch(root: nn.Module) -> None:
     """Give every module inside `root` its stock class, and every config its attention implementation back."""
     for module in root.modules():
         _set_class(module, blocks.stock_class(module))
-        if STOCK_ATTENTION in module.__dict__:
-            stock = module.__dict__.pop(STOCK_ATTENTION)
-            if module.config._attn_implementation == huggingface_attention.NAME:
-                module.config._attn_implementation = stock
+        _restore_attention(module)
+
+
+def _restore_attention(model: Any) -> None:
+    if STOCK_ATTENTION in model.__dict__:
+        stock = model.__dict__.pop(STOCK_ATTENTION)
+        if model.config._attn_implementation == huggingface_attention.NAME:
+            model.config._attn_implementation = stock
 
 
 def _dotted(cls: type) -> str:
@@ -126,32 +131,33 @@ def _switch_attention(
     root: nn.Module, models: list[tuple[str, PreTrainedModel]], replaced: list[Replaced], left: list[Left]
 ) -> None:
     # One config selects the attention of every module that holds it, so they go together or not at all.
-    by_config: dict[int, list[tuple[str, nn.Module]]] = {}
+    by_config: dict[int, list[tuple[str, Any]]] = {}
+    module: Any
     for path, module in root.named_modules():
         stock = blocks.stock_class(module)
-        name = stock.__name__
         if _dotted(stock) in ATTENTION:
             by_config.setdefault(id(module.config), []).append((path, module))
         elif _dotted(stock) in OWN_SCORES:
-            reason = "it computes its scores by itself, not through transformers' attention interface"
-            left.append(Left(path, name, reason))
+            own = "it computes its scores by itself, not through transformers' attention interface"
+            left.append(Left(path, stock.__name__, own))
     for attentions in by_config.values():
         config = attentions[0][1].config
         sharing = [(path, module) for path, module in models if module.config is config]
         reason = _attention_obstacle(root, attentions, sharing)
         for path, module in attentions:
             name = blocks.stock_class(module).__name__
-            if reason:
+            if reason is not None:
                 left.append(Left(path, name, reason))
             else:
                 replaced.append(Replaced(path, name, ("attention",)))
-        if reason or config._attn_implementation == huggingface_attention.NAME:
-            continue
-        stock_attention = config._attn_implementation
-        # The innermost model: set_attn_implementation changes the configs of all models within it as well.
-        sharing[-1][1].set_attn_implementation(huggingface_attention.NAME)
-        for _, module in sharing:
-            module.__dict__[STOCK_ATTENTION] = stock_attention
+        if reason is not None:
+            for _, model in sharing:
+                _restore_attention(model)
+        elif config._attn_implementation != huggingface_attention.NAME:
+            for _, model in sharing:
+                model.__dict__[STOCK_ATTENTION] = config._attn_implementation
+            # The innermost: set_attn_implementation changes the configs of all models within it as well.
+            sharing[-1][1].set_attn_implementation(huggingface_attention.NAME)
 
 
 def _attention_obstacle(
@@ -178,7 +184,7 @@ def _fuse_blocks(root: nn.Module, replaced: list[Replaced], left: list[Left]) ->
     """Give modules in the table their fused class; return the ids of all that those take over inside."""
     taken: set[int] = set()
     for path, module in root.named_modules():
-        stock = blocks.stock_class(module)
+        stock: Any = blocks.stock_class(module)
         if _dotted(stock) not in BLOCKS:
             known = [
                 base for base in stock.__mro__[1:] if _dotted(base) in BLOCKS or _dotted(base) in ATTENTION
@@ -204,7 +210,7 @@ def _fuse_layer_norms(
     root: nn.Module, models: list[tuple[str, PreTrainedModel]], taken: set[int], replaced: list[Replaced]
 ) -> None:
     """Replace what nn.LayerNorms the models of the family hold beside those `taken`."""
-    family = [module for _, module in models if _package(type(module)) in PACKAGES]
+    family = [module for _, module in models if _package_of(type(module)) in PACKAGES]
     within = {id(child) for module in family for child in module.modules()}
     for path, module in root.named_modules():
         if id(module) not in within or blocks.stock_class(module) is not nn.LayerNorm:
@@ -215,7 +221,7 @@ def _fuse_layer_norms(
             replaced.append(Replaced(path, "LayerNorm", blocks.LayerNorm.runs))
 
 
-def _package(model: type) -> str | None:
+def _package_of(model: type) -> str | None:
     """The package of transformers.models that `model`, or the class it derives from, is defined in."""
     for cls in model.__mro__:
         if cls.__module__.startswith("transformers.models."):
@@ -224,7 +230,7 @@ def _package(model: type) -> str | None:
 
 
 @functools.cache
-def fused_class(stock: type[nn.Module]) -> type[nn.Module]:
+def fused_class(stock: Any) -> Any:
     """The subclass of `stock` that runs fastformer's operators; one for each class in BLOCKS."""
     name = _fused_name(_dotted(stock))
     body = {"__module__": __name__, "__qualname__": name, "__doc__": stock.__doc__, "fastformer_stock": stock}

@@ -7,7 +7,7 @@ decided at every call, since hooks and adapters may come and go after patching.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,7 +70,7 @@ def _unlike(child: Any, kind: Any, owner: type[nn.Module]) -> str | None:
     elif kind is nn.Dropout:
         if 0 < child.p < SMALLEST_DROPOUT:
             return f"has p = {child.p}, finer than fastformer's dropout"
-    elif hasattr(type(child.weight), "__tensor_flatten__"):
+    elif hasattr(type(child._parameters.get("weight")), "__tensor_flatten__"):
         return f"has a {type(child.weight).__name__} as its weight"
     elif kind is nn.LayerNorm and len(child.normalized_shape) != 1:
         return "normalises more than the last dimension"
@@ -92,16 +92,29 @@ class FusedBlock:
     fastformer_stock: ClassVar[type[nn.Module]]
     runs: ClassVar[tuple[str, ...]]
     inside: ClassVar[dict[str, Any]] = {}
+    # `inside` with its paths split: `obstacle` runs at every call.
+    _inside: ClassVar[tuple[tuple[str, tuple[str, ...], Any], ...]] = ()
+
+    if TYPE_CHECKING:
+        # The stock class's part: it follows this one in every fused class.
+        def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+        def feed_forward_chunk(self, *args: Any, **kwargs: Any) -> Any: ...
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._inside = tuple((path, tuple(path.split(".")), kind) for path, kind in cls.inside.items())
 
     @classmethod
-    def obstacle(cls, module: nn.Module) -> str | None:
+    def obstacle(cls, module: Any) -> str | None:
         """Why the fused forward would not do exactly what `module`'s stock forward does; None if it would."""
         if _has_any_global_hook():
             return "global module hooks are registered, which a fused call would skip"
-        for path, kind in cls.inside.items():
+        for path, names, kind in cls._inside:
             child: Any = module
-            for name in path.split("."):
-                child = getattr(child, name, None)
+            for name in names:
+                # Straight from the dict: nn.Module.__getattr__ takes several times as long.
+                child = child._modules.get(name) or getattr(child, name, None)
             reason = "is missing" if child is None else _unlike(child, kind, stock_class(module))
             if reason:
                 return f"its {path} {reason}"
@@ -117,9 +130,9 @@ def _dropout_p(dropout: nn.Dropout) -> float:
 
 
 def _feed_forward(x: Tensor, first: nn.Linear, act: Any, second: nn.Linear) -> Tensor:
-    return feed_forward(
-        x, first.weight, first.bias, second.weight, second.bias, activation=activation_name(act)
-    )
+    activation = activation_name(act)
+    assert activation is not None  # an obstacle else
+    return feed_forward(x, first.weight, first.bias, second.weight, second.bias, activation=activation)
 
 
 def _add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout | None = None) -> Tensor:
@@ -139,7 +152,7 @@ class LayerNorm(FusedBlock, nn.LayerNorm):
     runs = ("layer_norm",)
 
     @classmethod
-    def obstacle(cls, module: nn.Module) -> str | None:
+    def obstacle(cls, module: Any) -> str | None:
         return None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -182,7 +195,7 @@ class UnchunkedBlock(FusedBlock):
     """A block whose fused forward does not split its input into chunks."""
 
     @classmethod
-    def obstacle(cls, module: nn.Module) -> str | None:
+    def obstacle(cls, module: Any) -> str | None:
         for part in (module, getattr(module, "ffn", None)):
             if getattr(part, "chunk_size_feed_forward", 0):
                 return "chunk_size_feed_forward is set"
@@ -213,7 +226,7 @@ class AlbertAttention(FusedBlock):
     inside: ClassVar = {"output_dropout": nn.Dropout, "LayerNorm": nn.LayerNorm}
 
     @classmethod
-    def obstacle(cls, module: nn.Module) -> str | None:
+    def obstacle(cls, module: Any) -> str | None:
         if module.config._attn_implementation != huggingface_attention.NAME:
             return "its attention is not fastformer's"
         return super().obstacle(module)

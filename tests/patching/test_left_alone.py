@@ -170,6 +170,35 @@ def test_subclasses_are_not_taken_for_what_they_derive_from():
     assert_still_right(model, stock, oracle)
 
 
+def test_patching_again_follows_what_changed():
+    model = tiny_model("bert")
+    patch(model)
+    model.encoder.layer[0].attention.self.__class__ = type("Louder", (BertSelfAttention,), {})
+    adapt(model.encoder.layer[1].output, "dense")
+    stock, oracle = (unpatch(m) for m in stock_copies(model))
+    left = reasons(patch(model))
+    assert left.keys() == {
+        "encoder.layer.0.attention.self",
+        "encoder.layer.1.attention.self",
+        "encoder.layer.1",
+    }
+    assert model.config._attn_implementation == "sdpa"
+    assert_still_right(model, stock, oracle)
+
+
+def test_global_hooks_run():
+    model = tiny_model("bert")
+    patch(model)
+    seen = set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.add(module))
+    try:
+        outputs(model, ragged_inputs())
+        assert {model.encoder.layer[0].output.dense, model.encoder.layer[1].intermediate} <= seen
+        assert "global module hooks" in reasons(patch(model))["encoder.layer.0"]
+    finally:
+        handle.remove()
+
+
 def test_blocks_without_their_model():
     encoder = tiny_model("bert").encoder
     report = patch(encoder)
