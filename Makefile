@@ -49,7 +49,9 @@ $(VENV)/.torch-$(TORCH): $(VENV)/.created
 	$(PY) -m pip install torch==$(TORCH) 'setuptools>=77' ninja 'pybind11>=2.13' $(CUDA_PACKAGES)
 	touch $@
 
+# Built before pip asks for it: pip would hide minutes of progress.
 $(VENV)/.installed: $(VENV)/.torch-$(TORCH) pyproject.toml setup.py
+	$(PY) setup.py --quiet build_ext --inplace
 	$(PY) -m pip install --no-build-isolation torch==$(TORCH) --editable '.[bench,lint,test]'
 	touch $@
 
