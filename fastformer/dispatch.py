@@ -67,6 +67,11 @@ def requested(backend: str | None) -> str:
     return backend
 
 
+def explaining() -> bool:
+    """Whether this call will end in `choose`, so that nothing may be spent on it: no random number, say."""
+    return _chosen.explaining
+
+
 def choose(op: str, spec: Any, tensors: tuple[Tensor | None, ...], backend: str) -> ModuleType:
     """The backend module for `op`, the name of one direction of one operator ("norm_fwd").
 

@@ -332,7 +332,8 @@ def norm(
         s = torch.where(keep, s * dropout_scale(spec.dropout_p), 0)
     if residual is not None:
         s = residual.to(s.dtype) + s
-    return _norm_of(spec, s, weight, bias).to(dtype), s.to(dtype)
+    s = s.to(dtype)
+    return _norm_of(spec, s.to(_compute_dtype(dtype)), weight, bias).to(dtype), s
 
 
 def _norm_of(spec: NormSpec, s: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from ..backends import reference
 from ..specs import ATTENTION_TENSORS, AttentionSpec
 from .attention_checks import check_attention, visibility
 from .autograd import Call, Operator, Tensors, run
-from .checks import FLOATS, resolve_seed
+from .checks import FLOATS, check_float, resolve_seed
 from .library import define
 
 # Places in ATTENTION_TENSORS of what has a gradient, in the order in which backward gives them.
@@ -137,8 +137,9 @@ def attention(
     - softcap c: c * tanh(score / c). sink [H]: a logit that joins the softmax's denominator only.
     - dropout_p drops weights wherever it is above 0 (pass 0 in evaluation); seed int64 [1] on the device,
       drawn from the device's default generator when None. The same seed drops the same on every backend.
-    - cu_seqlens_q, cu_seqlens_k [S + 1] int32: packed sequences, query [total, H, D] and so on; b is then
-      the sequence, i and j count within it, and relative_bias has max M + max N - 1 entries. Nested tensors
+    - cu_seqlens_q and cu_seqlens_k, both [S + 1] int32: packed sequences, query [total, H, D] and so on; b is
+      then the sequence, i and j count within it, and relative_bias has max M + max N - 1 entries.
+      max_seqlen_q and max_seqlen_k are the longest lengths, read from the device when None. Nested tensors
       of torch's jagged layout [B, H, j, D] are taken too.
 
     Returns out [B, H, M, D_v]; with return_lse or return_weights a tuple (out[, lse][, weights]). lse
@@ -150,6 +151,8 @@ def attention(
     names one that cannot serve.
     """
     offsets = None
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_float(name, tensor)
     if query.is_nested:
         if cu_seqlens_q is not None or cu_seqlens_k is not None or return_weights:
             raise ValueError(
@@ -157,9 +160,11 @@ def attention(
                 "have no form for weights: pass .values() and cu_seqlens instead"
             )
         query, key, value, offsets, cu_seqlens_q, cu_seqlens_k = _from_nested(query, key, value)
-    if cu_seqlens_q is not None and cu_seqlens_k is None:
-        cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_q
-    packed = cu_seqlens_q is not None
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    if not packed and (max_seqlen_q is not None or max_seqlen_k is not None):
+        raise ValueError(
+            "max_seqlen_q or max_seqlen_k came without cu_seqlens_q and cu_seqlens_k: leave it out"
+        )
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         square = cu_seqlens_q is cu_seqlens_k
         max_seqlen_q = _longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q
@@ -248,6 +253,8 @@ def scaled_dot_product_attention(
     counts from the upper left corner and excludes attn_mask. dropout_p applies whenever it is above 0. A row
     that may attend to nothing gives 0. Raises as `attention` does.
     """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_float(name, tensor)
     if is_causal and attn_mask is not None:
         raise ValueError(
             "is_causal came with attn_mask; wanted one of them: put the causal triangle into attn_mask"

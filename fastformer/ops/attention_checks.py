@@ -45,9 +45,10 @@ def check_attention(spec: AttentionSpec, tensors: tuple[Tensor | None, ...]) -> 
     query, key, value = tensors[:3]
     assert query is not None and key is not None and value is not None
     packed = named["cu_seqlens_q"] is not None or named["cu_seqlens_k"] is not None
+    if packed:
+        _check_packed(named)
     dims, layout = (3, "[total, H, D]") if packed else (4, "[B, H, M, D]")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_float(name, tensor)
         if tensor.dim() != dims:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted {dims} dimensions, {layout}")
         if tensor.dtype != query.dtype:
@@ -66,8 +67,6 @@ def check_attention(spec: AttentionSpec, tensors: tuple[Tensor | None, ...]) -> 
     H, H_kv = query.shape[head_axis], key.shape[head_axis]
     if H_kv != H and (H_kv == 0 or H % H_kv):
         raise ValueError(f"query has {H} heads and key {H_kv}; wanted a multiple of key's")
-    if packed:
-        _check_packed(named)
     B = query.shape[0] if not packed else named["cu_seqlens_q"].shape[0] - 1  # type: ignore[union-attr]
     M = spec.max_seqlen_q if packed else query.shape[2]
     N = spec.max_seqlen_k if packed else key.shape[2]

@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dispatch import explaining
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_float(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; wanted a torch.Tensor")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} has dtype {tensor.dtype}; wanted float32, bfloat16, float16 or float64")
 
@@ -52,5 +56,7 @@ def resolve_seed(seed: Tensor | int | None, dropout_p: float, device: torch.devi
     if dropout_p == 0:
         return None
     if seed is None:
+        if explaining():
+            return torch.zeros(1, dtype=torch.int64, device=device)
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
     return seed.reshape(1)

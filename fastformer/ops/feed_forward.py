@@ -88,7 +88,6 @@ def _check(activation: str, named: dict[str, Tensor | None]) -> None:
         )
     if named["b_gate"] is not None and w_gate is None:
         raise ValueError("b_gate came without w_gate")
-    check_float("x", x)
     for name, tensor in named.items():
         if tensor is None:
             continue
@@ -144,6 +143,8 @@ def feed_forward(
     autocast dtype. Returns [..., E_out] in x's dtype. Raises ValueError for shapes, values and devices,
     TypeError for dtypes, BackendError where `backend` names one that cannot serve.
     """
+    for name, tensor in (("x", x), ("w1", w1), ("w2", w2)):
+        check_float(name, tensor)
     tensors: tuple[Tensor | None, ...] = (x, w1, b1, w_gate, b_gate, w2, b2)
     device = x.device.type
     if torch.is_autocast_enabled(device):
