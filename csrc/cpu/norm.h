@@ -231,6 +231,10 @@ static void norm_fwd(const NormFwd& call, int64_t row_begin, int64_t row_end) {
 //   dweight = sum over rows of grad_out * xhat,  dbias = sum over rows of grad_out
 //
 // RMSNorm has no term of sum(g), since there the mean is not subtracted.
+//
+// The formula takes sum(xhat) = 0 for granted. The saved mean is that of s before s was rounded to 16 bits, and is
+// rounded itself, so in a row of nearly equal elements xhat would be that error times a large rstd. What is left of
+// the mean, sum(s - mean) / C, is therefore taken off as well.
 
 template <typename T>
 struct BackwardRow {
@@ -241,6 +245,7 @@ struct BackwardRow {
   T* ds;
   T* dx;  // or null
   float mean;
+  float mean_rest;  // sum(s - mean) / C
   float rstd;
   float mean_g;       // sum(g) / C
   float mean_g_xhat;  // sum(g * xhat) / C
@@ -249,16 +254,20 @@ struct BackwardRow {
 template <typename T>
 static void reduce_row(const NormBwd& call, BackwardRow<T>& row) {
   F32 sum_g[kUnroll]{};
-  F32 sum_g_xhat[kUnroll]{};
+  F32 sum_centred[kUnroll]{};
+  F32 sum_g_centred[kUnroll]{};
   for_each_vector(call.cols, [&](int64_t j, auto lanes, int u) __attribute__((always_inline)) {
     const F32 g = load(row.grad_out + j, lanes) * load(call.weight + j, lanes);
-    const F32 xhat = (load(row.s + j, lanes) - row.mean) * row.rstd;
+    const F32 centred = zero_beyond(load(row.s + j, lanes) - row.mean, lanes);
     sum_g[u] += g;
-    sum_g_xhat[u] = fma(g, zero_beyond(xhat, lanes), sum_g_xhat[u]);
+    sum_centred[u] += centred;
+    sum_g_centred[u] = fma(g, centred, sum_g_centred[u]);
   });
   const float cols = static_cast<float>(call.cols);
-  row.mean_g = call.mean != nullptr ? reduce_add(sum_g) / cols : 0.0f;
-  row.mean_g_xhat = reduce_add(sum_g_xhat) / cols;
+  const bool centres = call.mean != nullptr;
+  row.mean_g = centres ? reduce_add(sum_g) / cols : 0.0f;
+  row.mean_rest = centres ? reduce_add(sum_centred) / cols : 0.0f;
+  row.mean_g_xhat = (reduce_add(sum_g_centred) / cols - row.mean_rest * row.mean_g) * row.rstd;
 }
 
 // Gradients of kRows rows together, so that each column of dweight and dbias is added to once for all of them.
@@ -272,7 +281,7 @@ static void write_gradients(const NormBwd& call, const BackwardRow<T>* rows, flo
     for (int r = 0; r < kRows; ++r) {
       const BackwardRow<T>& row = rows[r];
       const F32 grad_out = load(row.grad_out + j, lanes);
-      const F32 xhat = (load(row.s + j, lanes) - row.mean) * row.rstd;
+      const F32 xhat = (load(row.s + j, lanes) - row.mean - row.mean_rest) * row.rstd;
       F32 ds = fma(grad_out, weight, fma(xhat, splat(-row.mean_g_xhat), splat(-row.mean_g))) * row.rstd;
       if (row.grad_sum != nullptr) ds += load(row.grad_sum + j, lanes);
       store_output<kPastCaches>(row.ds + j, ds, lanes);
@@ -309,6 +318,7 @@ static void norm_bwd_rows(const NormBwd& call, int64_t row_begin, int64_t row_en
                  .ds = static_cast<T*>(call.ds) + row * cols,
                  .dx = call.dx != nullptr ? static_cast<T*>(call.dx) + row * cols : nullptr,
                  .mean = call.mean != nullptr ? call.mean[row] : 0.0f,
+                 .mean_rest = 0.0f,
                  .rstd = call.rstd[row],
                  .mean_g = 0.0f,
                  .mean_g_xhat = 0.0f};
