@@ -116,6 +116,7 @@ class Kernel:
             p.size = p.size or TYPE_BYTES[p.type]
         self.directives = function.directives
         self.body, self.vars = inline_calls(module.parsed, function)
+        self.flow = None  # its basic blocks, from the first launch on
         self.module_shared = [v for v in module.parsed.vars.values() if v.space == "shared"]
 
     def check_limits(self, block):

@@ -56,6 +56,43 @@ def control(*names):
     return add
 
 
+class Flow:
+    """A kernel's instructions, what builds each one's closure, and where its basic blocks end."""
+
+    def __init__(self, body):
+        self.code = [i for i in body if isinstance(i, Instr)]
+        self.labels, n, targets = {}, 0, set()
+        for item in body:
+            if isinstance(item, Label):
+                self.labels[item.name] = n
+            else:
+                targets.update(item.uses_target)
+                n += 1
+        self.builders, self.is_control = [], []
+        for ins in self.code:
+            control = (
+                CONTROL.get(ins.opcode)
+                or CONTROL.get(f"{ins.op}.{ins.mods[0]}" if ins.mods else ins.op)
+                or CONTROL.get(ins.op)
+            )
+            build = control or OPS.get(ins.op)
+            if build is None:
+                raise UnsupportedOpcode(f"PTX line {ins.line}: `{ins.text}`: unknown opcode '{ins.opcode}'")
+            self.builders.append(build)
+            self.is_control.append(control is not None)
+        heads = {self.labels[t] for t in targets}
+        self.block_end, self.next_sync, self.next_group = [n] * (n + 1), [n] * (n + 1), [n] * (n + 1)
+        end = sync = group = n
+        for pc in range(n - 1, -1, -1):
+            if self.is_control[pc] or pc + 1 in heads:
+                end = pc + 1
+            if self.code[pc].op in WARP_SYNC or self.code[pc].opcode.startswith("bar.warp"):
+                sync = pc
+            if self.code[pc].opcode.startswith("wgmma.mma_async"):
+                group = pc
+            self.block_end[pc], self.next_sync[pc], self.next_group[pc] = end, sync, group
+
+
 class Machine:
     """One launch: decoded code plus the state of the CTA being run."""
 
@@ -79,7 +116,7 @@ class Machine:
         self.cc = np.zeros(self.T, bool)  # carry flag
         self.async_copies = None  # set by ops.async_copy
         with np.errstate(all="ignore"):
-            self.decode(kernel.body)
+            self.decode(kernel)
 
     # ---- layout ---------------------------------------------------------------------------
     def layout_variables(self, shared_bytes):
@@ -456,50 +493,30 @@ class Machine:
         return np.flatnonzero(all_)
 
     # ---- decoding -----------------------------------------------------------------------------
-    def decode(self, body):
-        """Flatten the body into closures; find block ends and warp-synchronous instructions."""
+    def decode(self, kernel):
+        """Take over what the kernel's body fixes; closures are built when their block first runs."""
         self._all_lanes, self._all_warps = np.arange(self.T), np.arange(self.W)
-        self.code = [i for i in body if isinstance(i, Instr)]
-        self.labels, n, targets = {}, 0, set()
-        for item in body:
-            if isinstance(item, Label):
-                self.labels[item.name] = n
-            else:
-                targets.update(item.uses_target)
-                n += 1
-        self.fns, self.is_control = [], []
-        for pc, ins in enumerate(self.code):
+        if kernel.flow is None:
+            kernel.flow = Flow(kernel.body)
+        flow = kernel.flow
+        self.code, self.labels, self.is_control = flow.code, flow.labels, flow.is_control
+        self.block_end, self.next_sync, self.next_group = flow.block_end, flow.next_sync, flow.next_group
+        self.builders, self.fns, self._slices = flow.builders, [None] * len(flow.code), {}
+
+    def fn(self, pc):
+        """The closure of one instruction."""
+        if self.fns[pc] is None:
+            ins, build = self.code[pc], self.builders[pc]
             try:
-                build = (
-                    CONTROL.get(ins.opcode)
-                    or CONTROL.get(f"{ins.op}.{ins.mods[0]}" if ins.mods else ins.op)
-                    or CONTROL.get(ins.op)
-                )
-                self.is_control.append(build is not None)
-                if build:
-                    self.fns.append(self.guard_control(ins, build(self, ins, pc)))
-                    continue
-                build = OPS.get(ins.op)
-                if build is None:
-                    raise UnsupportedOpcode(f"unknown opcode '{ins.opcode}'")
-                self.fns.append(self.guard(ins, build(self, ins)))
+                if self.is_control[pc]:
+                    self.fns[pc] = self.guard_control(ins, build(self, ins, pc))
+                else:
+                    self.fns[pc] = self.guard(ins, build(self, ins))
             except UnsupportedOpcode as e:
                 raise UnsupportedOpcode(f"PTX line {ins.line}: `{ins.text}`: {e}") from None
             except (KeyError, ValueError, AttributeError, IndexError, TypeError) as e:
                 raise UnsupportedOpcode(f"PTX line {ins.line}: `{ins.text}`: {type(e).__name__}: {e}") from e
-        n = len(self.code)
-        heads = {self.labels[t] for t in targets}
-        self.block_end, self.next_sync, self.next_group = [n] * (n + 1), [n] * (n + 1), [n] * (n + 1)
-        end = sync = group = n
-        for pc in range(n - 1, -1, -1):
-            if self.is_control[pc] or pc + 1 in heads:
-                end = pc + 1
-            if self.code[pc].op in WARP_SYNC or self.code[pc].opcode.startswith("bar.warp"):
-                sync = pc
-            if self.code[pc].opcode.startswith("wgmma.mma_async"):
-                group = pc
-            self.block_end[pc], self.next_sync[pc], self.next_group[pc] = end, sync, group
-        self._slices = {}
+        return self.fns[pc]
 
     def guard(self, ins, run):
         """Apply the instruction's predicate."""
@@ -636,7 +653,7 @@ class Machine:
         ctl = self.is_control[end - 1]
         fns = self._slices.get((p, end))
         if fns is None:
-            fns = self._slices[p, end] = self.fns[p : end - 1 if ctl else end]
+            fns = self._slices[p, end] = [self.fn(pc) for pc in range(p, end - 1 if ctl else end)]
         f = None
         try:
             for f in fns:
@@ -649,7 +666,7 @@ class Machine:
                 f"internal error at {self.where(ins, int(self.active(m)[0]))}: {type(e).__name__}: {e}"
             ) from e
         if ctl:
-            nxt = self.fns[end - 1](end - 1, m)
+            nxt = self.fn(end - 1)(end - 1, m)
         else:
             nxt = end
         if nxt is not None and end == p + 1 and self.state_changed:

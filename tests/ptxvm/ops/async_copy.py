@@ -20,6 +20,7 @@ class AsyncCopies:
 
     def __init__(self, k):
         self.k = k
+        self.begin_cta()
 
     def begin_cta(self):
         self.group = np.zeros(self.k.T, np.int64)  # number of the group still open, per thread

@@ -27,9 +27,7 @@ def gemm(M, N, K, *defines, checks=None):
     return a, b, c, r
 
 
-@pytest.mark.parametrize(
-    "M,N,K", [(128, 128, 320), (72, 88, 136)]
-)
+@pytest.mark.parametrize("M,N,K", [(128, 128, 320), (72, 88, 136)])
 def test_wgmma_tma_gemm(record, M, N, K):
     a, b, c, r = gemm(M, N, K)
     record(f"wgmma+TMA gemm {M}x{N}x{K}", r)
