@@ -395,23 +395,24 @@ __global__ void __launch_bounds__(256) norm_bwd_columns_kernel(const __grid_cons
 
 // dweight (y = 0) and dbias (y = 1): adds the lines of p.partial, 32 columns a block, in an order that only
 // the number of lines decides.
-__global__ void __launch_bounds__(512) norm_bwd_reduce_kernel(const __grid_constant__ NormBwdParams p) {
-  __shared__ float shared[16][kWarp];
+__global__ void __launch_bounds__(kMaxThreads)
+    norm_bwd_reduce_kernel(const __grid_constant__ NormBwdParams p) {
+  __shared__ float shared[kReduceLines][kWarp];
   float* target = blockIdx.y == 0 ? p.dweight : p.dbias;
   if (target == nullptr) return;
   const int column = static_cast<int>(blockIdx.x * kWarp + threadIdx.x);
-  const int y = static_cast<int>(threadIdx.y);
+  const int y = static_cast<int>(threadIdx.y), lines = static_cast<int>(blockDim.y);
   const int64_t line = 2 * int64_t{p.partial_stride};
   const float* source = p.partial + blockIdx.y * p.partial_stride + column;
   float sum = 0.0f;
   if (column < p.columns) {
 #pragma unroll 4
-    for (int share = y; share < p.partial_rows; share += 16) sum += source[share * line];
+    for (int share = y; share < p.partial_rows; share += lines) sum += source[share * line];
   }
   shared[y][threadIdx.x] = sum;
   __syncthreads();
   if (y > 0 || column >= p.columns) return;
-  for (int other = 1; other < 16; ++other) sum += shared[other][threadIdx.x];
+  for (int other = 1; other < lines; ++other) sum += shared[other][threadIdx.x];
   target[column] = sum;
 }
 

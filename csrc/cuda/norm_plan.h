@@ -82,6 +82,7 @@ constexpr int kNarrowUnit = 4;
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 512;  // leaves 128 registers a thread
 constexpr int kMaxWarps = kMaxThreads / kWarp;
+constexpr int kReduceLines = 16;  // shares of dweight and dbias that a block adds side by side
 
 enum class NormKernel : int32_t {
   kFwdKept16,   // the row in registers, up to 16 columns a thread; aligned, x and residual of one type
@@ -182,7 +183,7 @@ inline NormPlan plan_norm_fwd(NormFwdParams& p) {
 struct NormBwdPlan {
   NormPlan ds;
   NormPlan columns;
-  NormPlan reduce;  // blocks of 32 columns by 16 shares
+  NormPlan reduce;  // blocks of 32 columns by up to kReduceLines shares
 };
 
 // Sets p.vector, partial_rows and partial_stride. The shares depend on `multiprocessors`, so that the same
@@ -235,7 +236,9 @@ inline NormBwdPlan plan_norm_bwd(NormBwdParams& p, int multiprocessors, bool nee
   if (!need_parameters) return plan;
   plan.reduce.kernel = NormKernel::kBwdReduce;
   plan.reduce.block_x = kWarp;
-  plan.reduce.block_y = 16;
+  plan.reduce.block_y = static_cast<uint32_t>(p.partial_rows < 1              ? 1
+                                              : p.partial_rows < kReduceLines ? p.partial_rows
+                                                                              : kReduceLines);
   plan.reduce.grid_x = static_cast<uint32_t>(ceil_div(p.columns, kWarp));
   plan.reduce.grid_y = 2;
   return plan;

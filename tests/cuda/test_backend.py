@@ -1,0 +1,181 @@
+"""What the cuda backend refuses, and why; which kernels and grids the launcher would choose."""
+
+import ctypes
+import re
+import subprocess
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import fastformer
+from fastformer.backends import cuda
+from fastformer.specs import NormSpec
+from tests.ptxvm import nvcc
+
+from .emulated import CSRC, NormBwdParams, NormBwdPlan, NormFwdParams, NormPlan, plans
+
+SPEC = NormSpec("layer", 1e-5)
+BUILD = {"nvcc": "13.0.88", "archs": ["8.0", "9.0", "10.0", "12.0+PTX"]}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Everything is there: each test takes one thing away."""
+    monkeypatch.setattr(cuda, "_build", lambda: (BUILD, ""))
+    monkeypatch.setattr(cuda, "_driver_major", lambda: 13)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cached = (cuda.ready, cuda._device_refusal)
+    for function in cached:
+        function.cache_clear()
+    yield monkeypatch
+    for function in cached:
+        function.cache_clear()
+
+
+def test_a_full_machine_is_ready(machine):
+    assert cuda.ready() is None
+
+
+@pytest.mark.parametrize(
+    "place,name,value,reason",
+    [
+        (
+            cuda,
+            "_build",
+            lambda: (None, "fastformer._C was built without CUDA: nvcc was not found"),
+            "without CUDA",
+        ),
+        (torch.version, "cuda", None, r"torch .* is built without CUDA"),
+        (
+            cuda,
+            "_driver_major",
+            lambda: 12,
+            "need a driver for CUDA 13, and the driver serves CUDA 12 at most",
+        ),
+        (cuda, "_driver_major", lambda: 0, "the driver is not installed"),
+        (torch.cuda, "is_available", lambda: False, "sees no GPU"),
+        (
+            torch.cuda,
+            "get_device_capability",
+            lambda device: (7, 5),
+            "need compute capability 8.0.* has .*7.5",
+        ),
+        (torch.cuda, "get_device_capability", lambda device: (11, 0), "11.0, built in are 8.0, 9.0"),
+    ],
+)
+def test_what_is_missing_is_said(machine, place, name, value, reason):
+    machine.setattr(place, name, value)
+    assert re.search(reason, cuda.ready())
+
+
+@pytest.mark.parametrize(
+    "archs,capability,covered",
+    [
+        (["8.0"], (8, 9), True),
+        (["8.6"], (8, 0), False),
+        (["8.0"], (9, 0), False),
+        (["8.0+PTX"], (9, 0), True),
+        (["9.0a"], (9, 0), True),
+        (["9.0a"], (9, 1), False),
+        (["12.0+PTX"], (11, 0), False),
+    ],
+)
+def test_built_architectures(archs, capability, covered):
+    assert cuda._covers(archs, capability) is covered
+
+
+def test_cpu_tensors_are_refused():
+    x = torch.randn(2, 8)
+    assert "not cpu" in cuda.why_not("norm_fwd", SPEC, (x, None, None, None, None))
+    with pytest.raises(fastformer.BackendError, match="it serves CUDA tensors, not cpu"):
+        fastformer.layer_norm(x, (8,), backend="cuda")
+
+
+@pytest.mark.parametrize("op", ["attention_fwd", "attention_bwd", "feed_forward_fwd", "feed_forward_bwd"])
+def test_operators_to_come_are_refused(machine, op):
+    assert cuda.why_not(op, None, (torch.randn(2, 8),)) == f"it has no {op} yet"
+
+
+def test_float64_is_refused(machine):
+    x = torch.empty(2, 8, dtype=torch.float64, device="meta")
+
+    class OnCuda:
+        device, dtype, shape = torch.device("cuda", 0), x.dtype, x.shape
+        is_floating_point, numel = x.is_floating_point, x.numel
+
+    assert "not float64" in cuda.why_not("norm_fwd", SPEC, (OnCuda(), None, None, None, None))
+
+
+ROWS = st.integers(1, 100_000)
+COLUMNS = st.integers(1, 20_000) | st.integers(1, 1_000_000)
+OFFSET = st.sampled_from([0, 2, 4, 8, 16])
+TYPE = st.integers(0, 2)
+
+
+def threads_of(plan):
+    threads = plan.block_x * plan.block_y
+    assert 0 < threads <= 512 and threads % 32 == 0
+    assert plan.block_x >= 32 or 32 % plan.block_x == 0, "a shuffle would mix rows"
+    assert plan.block_x <= 32 or plan.block_x % 32 == 0, "a warp would hold two rows"
+    return threads
+
+
+@hypothesis.given(rows=ROWS, columns=COLUMNS, x=TYPE, residual=TYPE, offset=OFFSET, stride=st.integers(0, 9))
+@hypothesis.settings(max_examples=200)
+def test_forward_plans_cover_every_column(ptx_cache, rows, columns, x, residual, offset, stride):
+    p = NormFwdParams(x=4096 + offset, residual=8192, out=4096, rows=rows, columns=columns)
+    p.x_dtype, p.residual_dtype, p.x_stride, p.residual_stride = x, residual, columns + stride, columns
+    plan = NormPlan()
+    plans().plan_fwd(ctypes.byref(p), ctypes.byref(plan))
+    name = plans().kernel_name(plan.kernel).decode()
+    threads_of(plan)
+    assert plan.grid_x * plan.block_y >= rows > (plan.grid_x - 1) * plan.block_y
+    if name != "norm_fwd_wide_kernel":
+        assert plan.block_x * (16 if plan.kernel == 0 else 32) >= columns
+    else:
+        assert plan.block_y == 1
+    size = 4 if x == 0 else 2
+    if name == "norm_fwd_kept_kernel":
+        assert x == residual and (columns * size) % 16 == 0
+        assert offset % 16 == 0 and (stride * size) % 16 == 0
+    if p.vector:
+        assert columns % 4 == 0 and offset % (4 * size) == 0 and (columns + stride) % 4 == 0
+
+
+@hypothesis.given(rows=ROWS, columns=COLUMNS, dtype=TYPE, grad=TYPE, offset=OFFSET, sms=st.integers(1, 200))
+@hypothesis.settings(max_examples=200)
+def test_backward_plans_cover_every_column(ptx_cache, rows, columns, dtype, grad, offset, sms):
+    p = NormBwdParams(grad_out=4096 + offset, s=8192, rows=rows, columns=columns)
+    p.grad_out_dtype, p.s_dtype, p.grad_out_stride, p.s_stride = grad, dtype, columns, columns
+    plan = NormBwdPlan()
+    plans().plan_bwd(ctypes.byref(p), sms, True, ctypes.byref(plan))
+    threads_of(plan.ds)
+    assert p.partial_stride >= columns and p.partial_stride % 8 == 0
+    if plans().kernel_name(plan.ds.kernel) == b"norm_bwd_kept_kernel":
+        assert dtype == grad and plan.ds.block_x * 16 >= columns
+        assert p.partial_rows == plan.ds.grid_x and plan.columns.grid_x == 0
+    else:
+        threads_of(plan.columns)
+        assert plan.columns.grid_x * plan.columns.block_x * 4 >= columns
+        assert p.partial_rows == plan.columns.grid_y
+    assert p.partial_rows * 2 * p.partial_stride * 4 < 2**28, "the shares should fit the L2"
+    assert 1 <= plan.reduce.block_y <= 16 and plan.reduce.grid_x * 32 >= columns
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "86", "89", "90", "100", "120"])
+def test_nothing_spills(arch, tmp_path):
+    compiler = nvcc.find_nvcc()
+    if compiler is None:
+        pytest.skip("nvcc was not found")
+    command = [compiler, "-std=c++20", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v", f"-I{CSRC}"]
+    command += [str(CSRC / "cuda" / "launch_norm.cu"), "-o", str(tmp_path / "norm.cubin")]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report)
+    assert len(spills) >= 14
+    assert set(spills) == {("0", "0")}
