@@ -16,8 +16,8 @@ const Kernels* level_named(const char* name) {
 #endif
 #if defined(FASTFORMER_HAVE_AVX2)
   if (std::strcmp(name, "avx2") == 0) {
-    const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
+    const bool runs =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     return runs ? &kernels_avx2 : nullptr;
   }
 #endif

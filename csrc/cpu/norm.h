@@ -87,7 +87,8 @@ static void to_float32(const void* source, DType dtype, float* target, int64_t c
 // Row pointers of the instance's type T. Where dtypes differ the instance is the float32 one, and rows of
 // another dtype are converted into `converted` first.
 template <typename T>
-FASTFORMER_INLINE const T* row_as(const void* base, DType dtype, int64_t offset, int64_t cols, float* converted) {
+FASTFORMER_INLINE const T* row_as(const void* base, DType dtype, int64_t offset, int64_t cols,
+                                  float* converted) {
   if constexpr (sizeof(T) == sizeof(float)) {
     if (dtype != DType::kFloat32) {
       to_float32(static_cast<const char*>(base) + offset * size_of(dtype), dtype, converted, cols);
@@ -232,9 +233,9 @@ static void norm_fwd(const NormFwd& call, int64_t row_begin, int64_t row_end) {
 //
 // RMSNorm has no term of sum(g), since there the mean is not subtracted.
 //
-// The formula takes sum(xhat) = 0 for granted. The saved mean is that of s before s was rounded to 16 bits, and is
-// rounded itself, so in a row of nearly equal elements xhat would be that error times a large rstd. What is left of
-// the mean, sum(s - mean) / C, is therefore taken off as well.
+// The formula takes sum(xhat) = 0 for granted. The saved mean is that of s before s was rounded to 16 bits,
+// and is rounded itself, so in a row of nearly equal elements xhat would be that error times a large rstd.
+// What is left of the mean, sum(s - mean) / C, is therefore taken off as well.
 
 template <typename T>
 struct BackwardRow {
@@ -270,7 +271,7 @@ static void reduce_row(const NormBwd& call, BackwardRow<T>& row) {
   row.mean_g_xhat = (reduce_add(sum_g_centred) / cols - row.mean_rest * row.mean_g) * row.rstd;
 }
 
-// Gradients of kRows rows together, so that each column of dweight and dbias is added to once for all of them.
+// Gradients of kRows rows together, so that dweight and dbias are read and written once for all of them.
 template <typename T, int kRows, bool kPastCaches>
 static void write_gradients(const NormBwd& call, const BackwardRow<T>* rows, float* dweight, float* dbias) {
   for_each_vector(call.cols, [&](int64_t j, auto lanes, int) __attribute__((always_inline)) {
@@ -297,7 +298,8 @@ static void write_gradients(const NormBwd& call, const BackwardRow<T>* rows, flo
 }
 
 template <typename T, bool kPastCaches>
-static void norm_bwd_rows(const NormBwd& call, int64_t row_begin, int64_t row_end, float* dweight, float* dbias) {
+static void norm_bwd_rows(const NormBwd& call, int64_t row_begin, int64_t row_end, float* dweight,
+                          float* dbias) {
   constexpr int kRows = 4;
   const int64_t cols = call.cols;
   const Scratch scratch(kRows * decision_floats(cols));
@@ -334,7 +336,8 @@ static void norm_bwd_rows(const NormBwd& call, int64_t row_begin, int64_t row_en
 }
 
 template <typename T>
-static void norm_bwd_as(const NormBwd& call, int64_t row_begin, int64_t row_end, float* dweight, float* dbias) {
+static void norm_bwd_as(const NormBwd& call, int64_t row_begin, int64_t row_end, float* dweight,
+                        float* dbias) {
   if (call.past_caches) {
     norm_bwd_rows<T, true>(call, row_begin, row_end, dweight, dbias);
   } else {

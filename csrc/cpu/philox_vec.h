@@ -98,7 +98,7 @@ FASTFORMER_INLINE U32 interleaved_index() {
 FASTFORMER_INLINE I32 kept(const uint16_t* decisions, uint32_t threshold) {
   U16 halves;
   __builtin_memcpy(&halves, decisions, sizeof halves);
-  return (I32)__builtin_convertvector(halves, U32) >= static_cast<int32_t>(threshold);
+  return (I32) __builtin_convertvector(halves, U32) >= static_cast<int32_t>(threshold);
 }
 
 }  // namespace fastformer::cpu::FASTFORMER_ISA

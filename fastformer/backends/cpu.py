@@ -1,4 +1,4 @@
-"""The CPU half of fastformer._C: kernels for SSE2, AVX2 and AVX-512, of which the machine's best is in use."""
+"""The CPU half of fastformer._C: kernels for SSE2, AVX2 and AVX-512; the machine's best is in use."""
 
 from __future__ import annotations
 
@@ -117,6 +117,10 @@ def attention_fwd(spec: AttentionSpec, *tensors: Tensor | None) -> tuple[Tensor,
     )  # fmt: skip
 
 
-def feed_forward_fwd(spec: FeedForwardSpec, *tensors: Tensor | None, save_pre: bool) -> tuple[Tensor, Tensor, Tensor]:
+def feed_forward_fwd(
+    spec: FeedForwardSpec, *tensors: Tensor | None, save_pre: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """(out, pre, pre_gate) as the raw operator fastformer::feed_forward_fwd_cpu returns them."""
-    return torch.ops.fastformer.feed_forward_fwd_cpu.default(*tensors, spec.activation, spec.dropout_p, save_pre)
+    return torch.ops.fastformer.feed_forward_fwd_cpu.default(
+        *tensors, spec.activation, spec.dropout_p, save_pre
+    )
