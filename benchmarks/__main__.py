@@ -21,25 +21,30 @@ from benchmarks.case import Grid
 from benchmarks.results import pooled
 
 FOLDER = Path(__file__).parent
+# Below it rich would cut figures; a narrow terminal wraps the lines instead.
+TABLE_WIDTH = 140
 # `--only NAME` runs bench_NAME.py.
 MODULES = ("attention", "norm", "feed_forward", "launch", "sentence_encoder")
 
 
 class ProgressBar:
-    """A pytest plugin that moves the bar where pytest would print dots."""
+    """A pytest plugin that moves the bar where pytest would print dots; in a log, a line for each file."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._task = progress.add_task("collecting", total=None)
+        self._file = ""
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self._progress.update(self._task, total=len(session.items))
 
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        name = nodeid.partition("[")[2].removesuffix("]")
-        self._progress.update(
-            self._task, description=name.removesuffix(name[len(name.rstrip("0123456789")) :])
-        )
+    def pytest_runtest_logstart(self, nodeid: str, location: tuple) -> None:
+        if location[0] != self._file and not self._progress.console.is_terminal:
+            self._progress.console.print(location[0], highlight=False)
+        self._file = location[0]
+        # pytest tells the passes of one turn apart by a number at the end.
+        description = nodeid.partition("[")[2].rstrip("0123456789]")
+        self._progress.update(self._task, description=description)
 
     def pytest_runtest_logfinish(self) -> None:
         self._progress.advance(self._task)
@@ -144,14 +149,15 @@ def _dtypes(raw: dict) -> list[str]:
 
 
 def _tell(results: dict, folder: Path) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
     console.print(report.table(results))
     for row in report.wrong_rows(results):
-        console.print(
-            f"{row['status'].upper()}: {row['operator']} {row['case']} {row['contender']}: {row['detail']}"
-        )
-    console.print(report.summary(results), highlight=False)
-    console.print(f"report: {folder / 'report.md'}", highlight=False)
+        print(f"{row['status'].upper()}: {report.name_of(row)}: {row['detail']}")
+    if results["memory"]:
+        print("peak memory of an encoding:", ", ".join(report.memory_cells(results["memory"])))
+    print(report.summary(results))
+    print(f"report: {folder / 'report.md'}")
 
 
 if __name__ == "__main__":

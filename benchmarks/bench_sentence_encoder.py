@@ -34,7 +34,7 @@ def _case(grid: Grid, dtype: torch.dtype) -> Case:
     encoders = {name: Encoder(name, dtype, grid.device) for name in CONTENDERS}
     return Case(
         operator="sentence_encoder",
-        name=f"MiniLM-L6 {texts} paragraphs, batches of {batch}",
+        name=f"MiniLM-L6, {texts} texts by {batch}",
         dtype=dtype,
         contenders=encoders,
         draw=lambda: (ragged_batches(texts, batch, grid.device),),

@@ -6,12 +6,15 @@ import statistics
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from benchmarks.case import CONTENDERS
 from benchmarks.results import by_case, speedup
 
 COLOURS = {"naive": "#b9b9b9", "torch": "#ee854a", "compile": "#8c70c4", "fastformer": "#2a78b8"}
+LONGEST_BAR = 4.0
 # The same data give the same file, so that a committed picture changes only with its figures.
 matplotlib.rcParams["svg.hashsalt"] = "fastformer"
 matplotlib.rcParams["svg.fonttype"] = "none"
@@ -35,25 +38,12 @@ def _times(cases: dict) -> Figure:
     """Bars of each contender's time over torch's, so that short and long cases share one axis."""
     figure = Figure(figsize=(9, 1.0 + 0.62 * len(cases)), layout="constrained")
     axes = figure.subplots()
-    height = 0.8 / len(CONTENDERS)
     for index, contender in enumerate(CONTENDERS):
-        places, lengths = [], []
-        for place, contenders in enumerate(cases.values()):
-            ratio = speedup(contenders, over=contender, of="torch")
-            if ratio is not None:
-                places.append(place + (index - 1.5) * height)
-                lengths.append(ratio)
-        bars = axes.barh(places, lengths, height=height, color=COLOURS[contender], label=contender)
-        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(cases)), [f"{case} {dtype}" for _, case, dtype in cases], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("time, torch = 1 (shorter is better)")
-    axes.legend(
-        fontsize=8, ncols=len(CONTENDERS), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False
-    )
-    axes.spines[["top", "right"]].set_visible(False)
+        ratios = [speedup(contenders, over=contender, of="torch") for contenders in cases.values()]
+        _bars(axes, index, len(CONTENDERS), ratios, left=0.0, colour=COLOURS[contender], label=contender)
+    axes.set_xlim(0, LONGEST_BAR * 1.08)
+    axes.set_xlabel(f"time, torch = 1 (shorter is better; cut at {LONGEST_BAR:.0f})")
+    _finish(axes, [f"{case} {dtype}" for _, case, dtype in cases])
     return figure
 
 
@@ -76,25 +66,55 @@ def _overview(groups: dict[str, dict[str, float]], run: dict) -> Figure:
     figure = Figure(figsize=(9, 1.4 + 0.42 * len(groups)), layout="constrained")
     axes = figure.subplots()
     rivals = CONTENDERS[:-1]
-    height = 0.8 / len(rivals)
     for index, rival in enumerate(rivals):
-        places = [
-            place + (index - 1) * height for place, found in enumerate(groups.values()) if rival in found
-        ]
-        lengths = [found[rival] for found in groups.values() if rival in found]
-        bars = axes.barh(places, lengths, height=height, color=COLOURS[rival], label=f"over {rival}")
-        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(groups)), list(groups), fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("how many times faster fastformer is (geometric mean over the cases; longer is better)")
-    axes.set_title(
-        f"{run['device']}, {run['threads']} threads, torch {run['versions']['torch']}", fontsize=9, pad=22
+        ratios = [found.get(rival) for found in groups.values()]
+        _bars(axes, index, len(rivals), ratios, left=1.0, colour=COLOURS[rival], label=f"over {rival}")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}x"))
+    axes.margins(x=0.1)
+    axes.set_xlabel(
+        "how many times faster fastformer is (geometric mean over the cases; left of the line: slower)"
     )
-    axes.legend(fontsize=8, ncols=len(rivals), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    title = f"{run['device']}, {run['threads']} threads, torch {run['versions']['torch']}"
+    axes.set_title(title, fontsize=9, pad=22)
+    _finish(axes, list(groups))
     return figure
+
+
+def _bars(
+    axes: Axes, index: int, count: int, ratios: list[float | None], *, left: float, colour: str, label: str
+) -> None:
+    """The `index`th of `count` bars in each line of the plot, with its figure; None leaves a gap."""
+    height = 0.8 / count
+    for line, ratio in enumerate(ratios):
+        if ratio is None:
+            continue
+        place, end = (
+            line + (index - (count - 1) / 2) * height,
+            min(ratio, LONGEST_BAR) if left == 0 else ratio,
+        )
+        axes.barh(place, end - left, left=left, height=height, color=colour, label=label)
+        beyond = end >= left
+        axes.annotate(
+            f"{ratio:.2f}",
+            (end, place),
+            xytext=(2 if beyond else -2, 0),
+            textcoords="offset points",
+            ha="left" if beyond else "right",
+            va="center",
+            fontsize=7,
+        )
+        label = "_"  # the legend names each colour once
+
+
+def _finish(axes: Axes, lines: list[str]) -> None:
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(lines)), lines, fontsize=8)
+    axes.invert_yaxis()
+    axes.legend(
+        fontsize=8, ncols=len(CONTENDERS), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False
+    )
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _save(figure: Figure, path: Path) -> str:

@@ -46,6 +46,19 @@ def wrong_rows(results: dict) -> list[dict]:
     return [row for row in results["rows"] if row["status"] != "right"]
 
 
+def name_of(row: dict) -> str:
+    return f"{row['operator']} {row['case']} {_short(row['dtype'])}, {row['contender']}"
+
+
+def memory_cells(memory: list[dict]) -> list[str]:
+    """For each contender its name and MiB, or why there is no figure."""
+    cells = []
+    for entry in memory:
+        measured = entry["detail"] or f"{entry['peak_bytes'] / 2**20:.0f} MiB"
+        cells.append(f"{entry['contender']} {measured}")
+    return cells
+
+
 def table(results: dict) -> Table:
     """One line a case: the median of each contender, and fastformer against the two that count."""
     drawn = Table(title="median time of a call", title_justify="left", box=SIMPLE_HEAD)
@@ -53,7 +66,7 @@ def table(results: dict) -> Table:
         drawn.add_column(name, no_wrap=True)
     for name in (*CONTENDERS, "vs torch", "vs compile"):
         drawn.add_column(name, justify="right", no_wrap=True)
-    drawn.add_column("backend", no_wrap=True)
+    drawn.add_column("backend", no_wrap=True, max_width=9)
     previous = None
     for (operator, case, dtype), contenders in by_case(results["rows"]).items():
         if operator != previous and previous is not None:
@@ -105,7 +118,7 @@ def _markdown(results: dict, drawn: dict[str, str]) -> str:
     wrong = wrong_rows(results)
     if wrong:
         lines += ["## Not right", ""]
-        lines += [f"- {_name(row)}: **{row['status']}**, {row['detail']}" for row in wrong] + [""]
+        lines += [f"- {name_of(row)}: **{row['status']}**, {row['detail']}" for row in wrong] + [""]
     return "\n".join(lines)
 
 
@@ -138,12 +151,7 @@ def _backend(contenders: dict[str, dict]) -> str:
 def _memory_table(memory: list[dict]) -> list[str]:
     lines = ["## Peak memory of the sentence encoder", ""]
     lines += ["What encoding the longest batch in float32 adds, each contender in a process of its own.", ""]
-    lines += ["| " + " | ".join(entry["contender"] for entry in memory) + " |", "|" + " ---: |" * len(memory)]
-    return [*lines, "| " + " | ".join(_mebibytes(entry) for entry in memory) + " |", ""]
-
-
-def _mebibytes(entry: dict) -> str:
-    return entry["detail"] or f"{entry['peak_bytes'] / 2**20:.0f} MiB"
+    return [*lines, *(f"- {cell}" for cell in memory_cells(memory)), ""]
 
 
 def _time(row: dict | None) -> str:
@@ -169,10 +177,6 @@ def _ratio(value: float | None) -> str:
 
 def _short(dtype: str) -> str:
     return {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}.get(dtype, dtype)
-
-
-def _name(row: dict) -> str:
-    return f"{row['operator']} {row['case']} {_short(row['dtype'])}, {row['contender']}"
 
 
 if __name__ == "__main__":
