@@ -202,8 +202,8 @@ def norm_bwd(
 
     Returns:
         ds, which is also the residual's gradient, and dx, contiguous in s's dtype; dx is empty [0] without
-        dropout, where it equals ds. dweight and dbias, float32 [C], empty [0] where not needed; their order
-        of summation depends on nothing but the shape and the device.
+        dropout, where it equals ds. dweight and dbias, float32 [C], empty [0] where not needed; the same call
+        on the same device adds them up in the same order.
     """
     C = s.shape[-1]
     rows = rstd.numel()
@@ -211,26 +211,23 @@ def norm_bwd(
     ds = torch.empty(s.shape, dtype=s.dtype, device=s.device)
     dx = torch.empty(s.shape if threshold else 0, dtype=s.dtype, device=s.device)
     if rows == 0:
-        dweight, dbias = (
-            torch.zeros(C * need, dtype=torch.float32, device=s.device) for need in (need_dweight, need_dbias)
-        )
-        return ds, dx, dweight, dbias
-    grad_out, stride_g = as_rows(grad_out)
-    grad_sum, stride_gs = as_rows(grad_sum)
-    s, stride_s = as_rows(s)
+        return ds, dx, rstd.new_zeros(C * need_dweight), rstd.new_zeros(C * need_dbias)
+    grad_rows, stride_g = as_rows(grad_out)
+    grad_sum_rows, stride_gs = as_rows(grad_sum)
+    s_rows, stride_s = as_rows(s)
     align = math.gcd(C, stride_g, stride_gs, stride_s, 8)
     config = norm_config(TARGET, "norm_bwd", C, align)
     groups = triton.cdiv(rows, config.rows)
     steps = 1 if config.wide else triton.cdiv(groups, bwd_programs(TARGET, config, sm_count(s.device)))
     programs = triton.cdiv(groups, steps)
-    dweight = torch.empty((programs, C) if need_dweight else 0, dtype=torch.float32, device=s.device)
-    dbias = torch.empty((programs, C) if need_dbias else 0, dtype=torch.float32, device=s.device)
+    dweight = rstd.new_empty((programs, C) if need_dweight else 0)
+    dbias = rstd.new_empty((programs, C) if need_dbias else 0)
     kernel = _norm_bwd_wide_kernel if config.wide else _norm_bwd_kernel
     with on_device(s):
         kernel[(programs,)](
-            grad_out,
-            grad_sum,
-            s,
+            grad_rows,
+            grad_sum_rows,
+            s_rows,
             contiguous(weight),
             None if rms else mean.contiguous(),
             rstd.contiguous(),
@@ -262,12 +259,11 @@ def _column_sums(
     dweight: torch.Tensor, dbias: torch.Tensor, programs: int, C: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum [programs, C] partial sums to [C]; either may be empty [0]."""
-    partials = (dweight, dbias)
     if programs == 1:
         return dweight.view(-1), dbias.view(-1)
-    sums = tuple(p.new_empty(C if p.numel() else 0) for p in partials)
+    dweight_sum, dbias_sum = (partial.new_empty(C if partial.numel() else 0) for partial in (dweight, dbias))
     _column_sum_kernel[(triton.cdiv(C, COLUMN_SUM.block_c),)](
-        *(t if t.numel() else None for t in (*partials, *sums)),
+        *(t if t.numel() else None for t in (dweight, dbias, dweight_sum, dbias_sum)),
         programs,
         C,
         ALIGN=math.gcd(C, 8),
@@ -276,4 +272,4 @@ def _column_sums(
         num_warps=COLUMN_SUM.num_warps,
         enable_fp_fusion=False,  # it has nothing to fuse; Triton warns where the choice is left open
     )
-    return sums
+    return dweight_sum, dbias_sum

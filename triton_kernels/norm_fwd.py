@@ -19,15 +19,16 @@ from .tiles import affine, aligned, drop, load_tile, store_tile
 
 @triton.jit
 def _load_sum(
-    x_ptr, residual_ptr, seed_ptr, stride_x, stride_r, row, start, cols, mask, threshold, scale,
+    x_ptr, residual_ptr, sum_ptr, seed_ptr, stride_x, stride_r, row, start, cols, mask, threshold, scale,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """s = residual + dropout(x), float32 [ROWS, BLOCK_C]; zeros where masked."""
+    """s = residual + dropout(x) as sum_ptr's dtype rounds it, float32 [ROWS, BLOCK_C]; zeros where masked."""
     s = load_tile(x_ptr, stride_x, row, cols, mask, ALIGN)
     if seed_ptr is not None:
         s = drop(s, seed_ptr, row, start, threshold, scale)
     if residual_ptr is not None:
         s = load_tile(residual_ptr, stride_r, row, cols, mask, ALIGN) + s
+        s = s.to(sum_ptr.dtype.element_ty).to(tl.float32)
     return s
 
 
@@ -52,7 +53,7 @@ def _norm_fwd_kernel(
     in_row = cols < C
     mask = (row < rows)[:, None] & in_row[None, :]  # [ROWS, BLOCK_C]
     s = _load_sum(
-        x_ptr, residual_ptr, seed_ptr, stride_x, stride_r, row, 0, cols, mask, threshold, scale, ALIGN
+        x_ptr, residual_ptr, sum_ptr, seed_ptr, stride_x, stride_r, row, 0, cols, mask, threshold, scale, ALIGN
     )
     if sum_ptr is not None:
         store_tile(sum_ptr, C, row, cols, mask, s, ALIGN)
@@ -87,7 +88,7 @@ def _norm_fwd_wide_kernel(
         in_row = cols < C
         mask = in_rows[:, None] & in_row[None, :]
         s = _load_sum(
-            x_ptr, residual_ptr, seed_ptr, stride_x, stride_r, row, start, cols, mask, threshold, scale,
+            x_ptr, residual_ptr, sum_ptr, seed_ptr, stride_x, stride_r, row, start, cols, mask, threshold, scale,
             ALIGN,
         )  # fmt: skip
         if sum_ptr is not None:
@@ -109,9 +110,9 @@ def _norm_fwd_wide_kernel(
         cols = start + tl.arange(0, BLOCK_C)
         in_row = cols < C
         mask = in_rows[:, None] & in_row[None, :]
-        # From the inputs again: the sum as written has been rounded.
+        # From the inputs again: what this program wrote to the sum is not ordered before its own loads.
         s = _load_sum(
-            x_ptr, residual_ptr, seed_ptr, stride_x, stride_r, row, start, cols, mask, threshold, scale,
+            x_ptr, residual_ptr, sum_ptr, seed_ptr, stride_x, stride_r, row, start, cols, mask, threshold, scale,
             ALIGN,
         )  # fmt: skip
         out = affine((s - mean[:, None]) * rstd[:, None], weight_ptr, bias_ptr, cols, in_row)
@@ -152,16 +153,16 @@ def norm_fwd(
     rows = rstd.numel()
     if rows == 0:
         return out, summed, mean, rstd
-    x, stride_x = as_rows(x)
-    residual, stride_r = as_rows(residual)
+    x_rows, stride_x = as_rows(x)
+    residual_rows, stride_r = as_rows(residual)
     align = math.gcd(C, stride_x, stride_r, 8)
     config = norm_config(TARGET, "norm_fwd", C, align)
     threshold, scale = dropout_constants(dropout_p)
     kernel = _norm_fwd_wide_kernel if config.wide else _norm_fwd_kernel
     with on_device(x):
         kernel[(triton.cdiv(rows, config.rows),)](
-            x,
-            residual,
+            x_rows,
+            residual_rows,
             contiguous(weight),
             contiguous(bias),
             seed if threshold else None,

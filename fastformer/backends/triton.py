@@ -68,16 +68,19 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
         return missing
     for tensor in tensors:
         if tensor is not None and tensor.is_floating_point() and tensor.dtype not in _DTYPES:
-            return f"its kernels take float32, bfloat16 and float16, not {str(tensor.dtype).removeprefix('torch.')}"
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            return f"its kernels take float32, bfloat16 and float16, not {dtype}"
     first = tensors[0]
     assert first is not None
     if first.numel() > _MAX_ROWS * first.shape[-1]:
         return f"its kernels take at most {_MAX_ROWS} rows"
     if first.device.type == "cuda":
         return None if _interpreting() else _device_refusal(first.device)
-    if first.device.type == "cpu":
-        return None if _interpreting() else "it serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"
-    return f"it serves CUDA and HIP tensors, not {first.device.type}"
+    if first.device.type != "cpu":
+        return f"it serves CUDA and HIP tensors, not {first.device.type}"
+    return (
+        None if _interpreting() else "it serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"
+    )
 
 
 def norm_fwd(

@@ -91,7 +91,8 @@ def resources(compiled):
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
         number = lambda key: int(re.search(rf"\.{key}:\s*(\d+)", text).group(1))
-        spilled = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
+        # Scalar registers spill to lanes of vector registers: that is no memory.
+        spilled = 4 * number("vgpr_spill_count")
         return Resources(
             number("vgpr_count"), spilled + number("private_segment_fixed_size"), compiled.metadata.shared
         )

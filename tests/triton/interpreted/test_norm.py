@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastformer
-from fastformer.testing import LAYOUTS, norm_inputs, outputs_and_gradients
+from fastformer.testing import LAYOUTS, laid_out, norm_inputs, outputs_and_gradients
 from tests.ops import philox, plain
 from tests.ops.judging import DTYPES, assert_same_bits, judge
 
@@ -59,6 +59,13 @@ def test_layouts(layout):
     for dtype in (torch.float32, torch.bfloat16):
         inputs = norm_inputs(3, 5, 24, dtype=dtype, layout=layout, requires_grad=True)
         judge(fastformer.add_norm, plain.add_norm, inputs, backend="triton")
+
+
+def test_each_input_has_its_own_strides():
+    inputs = norm_inputs(5, 24, requires_grad=True)
+    for name, layout in (("x", "sliced"), ("residual", "transposed"), ("residual", "sliced")):
+        changed = inputs | {name: laid_out(inputs[name], layout)}
+        judge(fastformer.add_norm, plain.add_norm, changed, backend="triton")
 
 
 def test_strided_gradients():
