@@ -84,7 +84,7 @@ def patch(root: nn.Module, replaced: list[Replaced], left: list[Left]) -> None:
         return
     _switch_attention(root, models, replaced, left)
     taken = _fuse_blocks(root, replaced, left)
-    _fuse_layer_norms(root, models, taken, replaced)
+    _fuse_layer_norms(root, models, taken, replaced, left)
 
     known = {item.path for item in replaced} | {item.path for item in left}
     unknown = [
@@ -207,7 +207,11 @@ def _fuse_blocks(root: nn.Module, replaced: list[Replaced], left: list[Left]) ->
 
 
 def _fuse_layer_norms(
-    root: nn.Module, models: list[tuple[str, PreTrainedModel]], taken: set[int], replaced: list[Replaced]
+    root: nn.Module,
+    models: list[tuple[str, PreTrainedModel]],
+    taken: set[int],
+    replaced: list[Replaced],
+    left: list[Left],
 ) -> None:
     """Replace what nn.LayerNorms the models of the family hold beside those `taken`."""
     family = [module for _, module in models if _package_of(type(module)) in PACKAGES]
@@ -215,10 +219,13 @@ def _fuse_layer_norms(
     for path, module in root.named_modules():
         if id(module) not in within or blocks.stock_class(module) is not nn.LayerNorm:
             continue
-        free = id(module) not in taken
+        reason = blocks.LayerNorm.obstacle(module)
+        free = id(module) not in taken and reason is None
         _set_class(module, blocks.LayerNorm if free else nn.LayerNorm)
         if free:
             replaced.append(Replaced(path, "LayerNorm", blocks.LayerNorm.runs))
+        elif reason is not None:
+            left.append(Left(path, "LayerNorm", reason))
 
 
 def _package_of(model: type) -> str | None:

@@ -21,6 +21,9 @@ from fastformer.patching import huggingface_attention
 # Below half of the dropout generator's resolution a probability would silently drop nothing.
 SMALLEST_DROPOUT = 2.0**-17
 
+# accelerate puts forwards on instances to move weights between devices.
+OWN_FORWARD = "it has a forward of its own, which its class's forward would not reach"
+
 ACTIVATIONS: dict[Any, str] = {
     activations.GELUActivation: "gelu",
     activations.GELUTanh: "gelu_tanh",
@@ -108,6 +111,8 @@ class FusedBlock:
     @classmethod
     def obstacle(cls, module: Any) -> str | None:
         """Why the fused forward would not do exactly what `module`'s stock forward does; None if it would."""
+        if "forward" in module.__dict__:
+            return OWN_FORWARD
         if _has_any_global_hook():
             return "global module hooks are registered, which a fused call would skip"
         for path, names, kind in cls._inside:
@@ -153,7 +158,7 @@ class LayerNorm(FusedBlock, nn.LayerNorm):
 
     @classmethod
     def obstacle(cls, module: Any) -> str | None:
-        return None
+        return OWN_FORWARD if "forward" in module.__dict__ else None
 
     def forward(self, input: Tensor) -> Tensor:
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)

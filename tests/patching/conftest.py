@@ -7,7 +7,7 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="package")
 def one_thread():
     """Tiny models lose more to a thread pool than they gain."""
     threads = torch.get_num_threads()

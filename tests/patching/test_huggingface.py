@@ -1,5 +1,6 @@
 import copy
 import pickle
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 pytest.importorskip("transformers")
 from transformers import AutoModel, BertLMHeadModel
 
-from fastformer.patching import huggingface, huggingface_attention, patch, unpatch
+from fastformer.patching import huggingface, huggingface_attention, huggingface_blocks, patch, unpatch
 from fastformer.testing import assert_as_accurate
 from tests.patching.tiny_models import (
     ARCHITECTURES,
@@ -110,6 +111,28 @@ def test_report_names_every_module(architecture):
     assert replaced_paths(report) == now
     assert {item.path for item in report.left} == left
     assert len(str(report).splitlines()) <= 8
+
+
+@pytest.mark.parametrize("architecture", STRUCTURES)
+def test_what_the_report_says_is_what_runs(architecture, monkeypatch):
+    ran = Counter()
+
+    def counted(module, name):
+        operator = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **kw: ran.update([name]) or operator(*args, **kw))
+
+    counted(huggingface_attention, "attention")
+    for name in ("add_norm", "feed_forward", "layer_norm"):
+        counted(huggingface_blocks, name)
+    model = tiny_model(architecture)
+    report = patch(model)
+    outputs(model, ragged_inputs())
+    reported = Counter(run for item in report.replaced for run in item.runs)
+    # ALBERT's one layer runs once for each of its layers.
+    times = LAYERS if architecture == "albert" else 1
+    assert ran == Counter(
+        {name: count * (1 if name == "layer_norm" else times) for name, count in reported.items()}
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -113,11 +113,14 @@ def test_hooks_on_replaced_modules_run():
 
 def test_replaced_forward_methods_are_called():
     model = tiny_model("bert")
-    dense = model.encoder.layer[0].output.dense
-    forward = dense.forward
-    dense.forward = lambda x: forward(x) * 2
+    own = ("encoder.layer.0.output.dense", "encoder.layer.1.attention.output", "embeddings.LayerNorm")
+    for path in own:
+        module = model.get_submodule(path)
+        module.forward = lambda *args, forward=module.forward: forward(*args) * 2
     stock = outputs(model, ragged_inputs())
-    assert "forward of its own" in reasons(patch(model))["encoder.layer.0"]
+    left = reasons(patch(model))
+    assert left.keys() == {"encoder.layer.0", *own[1:]}
+    assert all("forward of its own" in reason for reason in left.values())
     torch.testing.assert_close(outputs(model, ragged_inputs()), stock)
 
 
