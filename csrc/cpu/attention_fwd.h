@@ -4,10 +4,12 @@
 // and V as float32 rows, both small enough for L2, then goes through its queries in tiles of kTileRows:
 // scores, softmax and the product with V follow each other tile by tile, so that the scores stay in L1.
 //
-//   s_ij = scale log2(e) q_i . k_j          base-2 scores: exp2 needs no multiplication
-//   m' = max(m, max_j s_ij)                 l' = l 2^(m - m') + sum_j 2^(s_ij - m')
-//   o' = o 2^(m - m') + sum_j 2^(s_ij - m') v_j
+//   s_ij = q_i . k_j, c = scale log2(e)     so that weights are powers of two
+//   m' = max(m, c max_j s_ij)               l' = l 2^(m - m') + sum_j 2^(c s_ij - m')
+//   o' = o 2^(m - m') + sum_j 2^(c s_ij - m') v_j
 //   out = o / l                             lse = ln(2) m + ln(l)
+//
+// c s - m' is one fma, so that no score is rounded after the dot product; m' is, but alike in every term.
 //
 // (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao, "FlashAttention-2",
 // 2023.) Block boundaries depend on D and N alone, so a row's bits depend on no other row, on no chunk and
@@ -22,6 +24,8 @@ namespace fastformer::cpu::FASTFORMER_ISA {
 constexpr int64_t kMaxKeyBlock = 512;
 // Not a multiple of 4096 bytes, which would put a tile's rows into one cache set.
 constexpr int64_t kScoreStride = kMaxKeyBlock + 16;
+// Longer sums are made of shorter ones: one chain of 512 roundings would lose against torch's blocks.
+constexpr int64_t kMaxDepth = 128;
 
 FASTFORMER_INLINE int64_t key_block_of(const AttentionFwd& call) {
   return call.D + call.D_v <= 256 ? kMaxKeyBlock : kMaxKeyBlock / 2;
@@ -30,7 +34,7 @@ FASTFORMER_INLINE int64_t key_block_of(const AttentionFwd& call) {
 // What one work item keeps in its scratch.
 struct AttentionBuffers {
   int64_t ldq, ldo;
-  float* query;      // [chunk_rows, ldq], times scale log2(e)
+  float* query;      // [chunk_rows, ldq], with ScoreScale's sign
   float* key;        // [key_block / kPanel, D, kPanel]
   float* value;      // [key_block, ldo]
   float* out;        // [chunk_rows, ldo], not yet divided by row_sum
@@ -73,23 +77,39 @@ struct KeyBlock {
   const uint8_t* is_real;  // null: all are
 };
 
-// Turns scores[count] into weights 2^(s - max) and folds them into the row's maximum and sum. Returns the
-// factor that brings what was accumulated before onto the new maximum. count: a multiple of kPanel.
-// Not inlined: beside the products it would spill their registers.
-__attribute__((noinline)) static float softmax_step(float* scores, int64_t count, float& row_max,
+// A negative scale turns the queries' sign and a vanishing one makes them 0, so that the factor of the scores
+// is positive: then the largest score has the largest weight, and -inf stays -inf.
+struct ScoreScale {
+  explicit ScoreScale(float scale) {
+    constexpr float kLog2E = 1.44269504f, kLeastNormal = 1.17549435e-38f;
+    const float magnitude = __builtin_fabsf(scale) * kLog2E;
+    const bool vanishes = magnitude < kLeastNormal;
+    of_query = vanishes ? 0.0f : scale < 0.0f ? -1.0f : 1.0f;
+    of_scores = vanishes ? 1.0f : magnitude;
+  }
+
+  float of_query, of_scores;
+};
+
+// Turns scores[count] into weights 2^(scale s - max) and folds them into the row's maximum and sum. Returns
+// the factor that brings what was accumulated before onto the new maximum. count: a multiple of kPanel. Not
+// inlined: beside the products it would spill their registers.
+__attribute__((noinline)) static float softmax_step(float* scores, int64_t count, float scale, float& row_max,
                                                     float& row_sum) {
   F32 max0 = load(scores), max1 = load(scores + kLanes);
   for (int64_t n = kPanel; n < count; n += kPanel) {
     max0 = vmax(load(scores + n), max0);
     max1 = vmax(load(scores + n + kLanes), max1);
   }
-  const float block_max = reduce_max(vmax(max0, max1));
+  const float block_max = reduce_max(vmax(max0, max1)) * scale;
   const float new_max = block_max > row_max ? block_max : row_max;
   // A row that has seen no key has maximum -inf: pivot on 0, or -inf - -inf would make NaN.
   const float pivot = new_max == kMinusInfinity ? 0.0f : new_max;
+  const F32 scales = splat(scale), minus_pivot = splat(-pivot);
   F32 sum0{}, sum1{};
   for (int64_t n = 0; n < count; n += kPanel) {
-    const F32 weight0 = exp2(load(scores + n) - pivot), weight1 = exp2(load(scores + n + kLanes) - pivot);
+    const F32 weight0 = exp2(fma(load(scores + n), scales, minus_pivot));
+    const F32 weight1 = exp2(fma(load(scores + n + kLanes), scales, minus_pivot));
     sum0 += weight0;
     sum1 += weight1;
     store(scores + n, weight0);
@@ -101,15 +121,40 @@ __attribute__((noinline)) static float softmax_step(float* scores, int64_t count
   return rescale;
 }
 
-// out[kRows, kVectors * kLanes] = rescale * out + weights[kRows, depth] value[depth, kVectors * kLanes]
+// scores[kRows, kPanel] = query[kRows, D] key[D, kPanel]
+template <int kRows>
+FASTFORMER_INLINE void score_panel(int64_t D, const float* query, int64_t ldq, const float* key,
+                                   float* scores) {
+  const int64_t depth = D > kMaxDepth ? (D + 1) / 2 : D;
+  for (int64_t d = 0; d < D; d += depth) {
+    Tile<kRows, 2> tile;
+    tile.zero();
+    tile.multiply_add(smaller(depth, D - d), query + d, ldq, key + d * kPanel, kPanel);
+    if (d > 0) tile.add(scores, kScoreStride);
+    tile.store_to(scores, kScoreStride);
+  }
+}
+
+// out[kRows, kVectors * kLanes] = rescale * out + weights[kRows, keys] value[keys, kVectors * kLanes] for
+// keys [begin, end) of the block.
 template <int kRows, int kVectors>
-FASTFORMER_INLINE void accumulate_output(const float* weights, const float* value, int64_t value_stride,
-                                         int64_t depth, const AttentionBuffers& buffers, float* out) {
-  Tile<kRows, kVectors> tile;
-  tile.zero();
-  tile.multiply_add(depth, weights, kScoreStride, value, value_stride);
-  tile.add_scaled(out, buffers.ldo, buffers.rescale);
-  tile.store_to(out, buffers.ldo);
+FASTFORMER_INLINE void accumulate_output(const AttentionBuffers& buffers, const KeyBlock& block,
+                                         int64_t begin, int64_t end, const float* value, float* out) {
+  for (int64_t n = begin; n < end;) {
+    // Where a span ends does not depend on where the tile's keys begin.
+    const int64_t span_end = smaller(end, (n / kMaxDepth + 1) * kMaxDepth);
+    Tile<kRows, kVectors> tile;
+    tile.zero();
+    tile.multiply_add(span_end - n, buffers.scores + n, kScoreStride, value + n * block.value_stride,
+                      block.value_stride);
+    if (n == begin) {
+      tile.add_scaled(out, buffers.ldo, buffers.rescale);
+    } else {
+      tile.add(out, buffers.ldo);
+    }
+    tile.store_to(out, buffers.ldo);
+    n = span_end;
+  }
 }
 
 // One tile of kRows queries against one block of keys; `row` counts in the chunk, `i` in the head. Rows
@@ -126,32 +171,27 @@ static void attend_tile(const AttentionFwd& call, const Visibility& visibility, 
   const int64_t first_panel = begin / kPanel * kPanel;
   const int64_t last_panel = round_up<int64_t>(end, kPanel);
   for (int64_t n = first_panel; n < last_panel; n += kPanel) {
-    Tile<kRows, 2> scores;
-    scores.zero();
-    scores.multiply_add(call.D, buffers.query + row * buffers.ldq, buffers.ldq, buffers.key + n * call.D,
-                        kPanel);
-    scores.store_to(buffers.scores + n, kScoreStride);
+    score_panel<kRows>(call.D, buffers.query + row * buffers.ldq, buffers.ldq, buffers.key + n * call.D,
+                       buffers.scores + n);
   }
 
+  const float scale = ScoreScale(call.scale).of_scores;
   for (int64_t r = 0; r < kRows; ++r) buffers.rescale[r] = 1.0f;
   for (int64_t r = 0; r < rows; ++r) {
     float* const scores = buffers.scores + r * kScoreStride + first_panel;
     const int64_t count = last_panel - first_panel;
     visibility.hide_scores(scores, i + r, block.first + first_panel, count,
                            block.is_real ? block.is_real + first_panel : nullptr);
-    buffers.rescale[r] = softmax_step(scores, count, buffers.row_max[row + r], buffers.row_sum[row + r]);
+    buffers.rescale[r] =
+        softmax_step(scores, count, scale, buffers.row_max[row + r], buffers.row_sum[row + r]);
   }
 
-  const float* const weights = buffers.scores + begin;
-  const float* const value = block.value + begin * block.value_stride;
   float* const out = buffers.out + row * buffers.ldo;
   int64_t d = 0;
   for (; d + kPanel <= buffers.ldo; d += kPanel) {
-    accumulate_output<kRows, 2>(weights, value + d, block.value_stride, end - begin, buffers, out + d);
+    accumulate_output<kRows, 2>(buffers, block, begin, end, block.value + d, out + d);
   }
-  if (d < buffers.ldo) {
-    accumulate_output<kRows, 1>(weights, value + d, block.value_stride, end - begin, buffers, out + d);
-  }
+  if (d < buffers.ldo) accumulate_output<kRows, 1>(buffers, block, begin, end, block.value + d, out + d);
 }
 
 // Packs keys [first, first + count) and their values. False where no query sees any of them.
@@ -190,7 +230,7 @@ static void write_rows(const AttentionFwd& call, const AttentionBuffers& buffers
   constexpr double kLn2 = 0.693147180559945309417;
   for (int64_t row = 0; row < rows; ++row) {
     const float sum = buffers.row_sum[row];
-    const bool sees_nothing = sum == 0.0f;
+    const bool sees_nothing = sum == 0.0f && buffers.row_max[row] == kMinusInfinity;
     const F32 factor = splat(sees_nothing ? 0.0f : 1.0f / sum);
     const float* const source = buffers.out + row * buffers.ldo;
     T* const target = out + row * call.D_v;
@@ -206,7 +246,6 @@ static void write_rows(const AttentionFwd& call, const AttentionBuffers& buffers
 template <typename T>
 static void attend_chunk(const AttentionFwd& call, int64_t b, int64_t h, int64_t i, int64_t rows,
                          const AttentionBuffers& buffers) {
-  constexpr float kLog2E = 1.44269504f;
   const int64_t h_kv = h / (call.H / call.H_kv);
   const T* const query = (const T*)call.query.data + b * call.query.stride_b + h * call.query.stride_h;
   const T* const key = (const T*)call.key.data + b * call.key.stride_b + h_kv * call.key.stride_h;
@@ -214,7 +253,7 @@ static void attend_chunk(const AttentionFwd& call, int64_t b, int64_t h, int64_t
 
   const int64_t padded_rows = round_up<int64_t>(rows, kRowStep);
   pack_rows(query + i * call.query.stride_row, call.query.stride_row, rows, call.D, nullptr,
-            call.scale * kLog2E, buffers.query, buffers.ldq);
+            ScoreScale(call.scale).of_query, buffers.query, buffers.ldq);
   __builtin_memset(buffers.query + rows * buffers.ldq, 0, (padded_rows - rows) * buffers.ldq * sizeof(float));
   __builtin_memset(buffers.out, 0, padded_rows * buffers.ldo * sizeof(float));
   for (int64_t row = 0; row < rows; ++row) {

@@ -19,7 +19,7 @@ except ImportError as error:
 else:
     _missing = None
 
-_SERVED = ("norm_fwd", "norm_bwd", "attention_fwd")
+_SERVED = ("norm_fwd", "norm_bwd", "attention_fwd", "feed_forward_fwd")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 256
 _NOT_YET_IN_ATTENTION = ("bias", "relative_bias", "sink")
@@ -45,11 +45,17 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
             return f"its kernels take float32, bfloat16 and float16, not {_name(tensor.dtype)}"
     if op in ("norm_fwd", "norm_bwd"):
         return "it takes rows of at least one column" if first.shape[-1] == 0 else None
-    matrices = tensors[:3] if op == "attention_fwd" else tensors
+    # query, key and value; or x, w1, w_gate and w2: their biases may differ.
+    places = (0, 1, 2) if op == "attention_fwd" else (0, 1, 3, 5)
+    matrices = [tensors[place] for place in places]
     for tensor in matrices:
-        if tensor is not None and tensor.is_floating_point() and tensor.dtype != first.dtype:
+        if tensor is not None and tensor.dtype != first.dtype:
             return f"its kernels take one dtype, not {_name(first.dtype)} together with {_name(tensor.dtype)}"
-    return _attention_refusal(spec, tensors) if op == "attention_fwd" else None
+    if op == "attention_fwd":
+        return _attention_refusal(spec, tensors)
+    if any(tensor is not None and 0 in tensor.shape[-2:] for tensor in matrices[1:]):
+        return "its feed_forward takes weights of at least one row and one column"
+    return None
 
 
 def _name(dtype: torch.dtype) -> str:
