@@ -3,8 +3,9 @@
 //   s = residual + dropout(x)    mean = sum(s) / C    rstd = 1 / sqrt(sum((s - mean)^2) / C + eps)
 //   out = (s - mean) * rstd * weight + bias
 //
-// RMSNorm is the same with mean = 0. Statistics come from the float32 s of a row, which stays in a scratch
-// row between the passes, so memory is read and written once.
+// RMSNorm is the same with mean = 0. s is the sum as it is returned, rounded to its dtype, so that backward,
+// which reads that, differentiates what was computed here. It stays in a float32 scratch row between the
+// passes, so memory is read and written once.
 //
 // Denormals are not flushed here: `sum` must have the same bits on every backend.
 #pragma once
@@ -121,7 +122,7 @@ FASTFORMER_INLINE F32 drop(F32 x, const uint16_t* decisions, const Dropout& drop
   return select(kept(decisions, dropout.threshold), x * dropout.scale, F32{});
 }
 
-// s of one row into s_row and, rounded, into `sum`; returns its total.
+// s of one row, as T rounds it, into s_row and `sum`; returns its total.
 template <typename T, bool kDropout, bool kPastCaches>
 static float add_residual(const T* x, const T* residual, const uint16_t* decisions, const Dropout& dropout,
                           int64_t cols, float* s_row, T* sum) {
@@ -129,7 +130,7 @@ static float add_residual(const T* x, const T* residual, const uint16_t* decisio
   for_each_vector(cols, [&](int64_t j, auto lanes, int u) __attribute__((always_inline)) {
     F32 branch = load(x + j, lanes);
     if constexpr (kDropout) branch = drop(branch, decisions + j, dropout);
-    const F32 s = load(residual + j, lanes) + branch;
+    const F32 s = rounded(load(residual + j, lanes) + branch, T{});
     store(s_row + j, s, lanes);
     store_output<kPastCaches>(sum + j, s, lanes);
     total[u] += s;
@@ -233,9 +234,9 @@ static void norm_fwd(const NormFwd& call, int64_t row_begin, int64_t row_end) {
 //
 // RMSNorm has no term of sum(g), since there the mean is not subtracted.
 //
-// The formula takes sum(xhat) = 0 for granted. The saved mean is that of s before s was rounded to 16 bits,
-// and is rounded itself, so in a row of nearly equal elements xhat would be that error times a large rstd.
-// What is left of the mean, sum(s - mean) / C, is therefore taken off as well.
+// The formula takes sum(xhat) = 0 for granted. The saved mean is rounded, so in a row of nearly equal elements
+// xhat would hold that error times a large rstd. What is left of the mean, sum(s - mean) / C, is therefore
+// taken off as well.
 
 template <typename T>
 struct BackwardRow {

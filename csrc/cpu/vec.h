@@ -261,6 +261,13 @@ FASTFORMER_INLINE F32 widen(U16 bits, Float16) { return widen_float16(bits); }
 FASTFORMER_INLINE U16 narrow(F32 x, BFloat16) { return round_bfloat16(x); }
 FASTFORMER_INLINE U16 narrow(F32 x, Float16) { return round_float16(x); }
 
+// x as it comes back from memory of type T.
+FASTFORMER_INLINE F32 rounded(F32 x, float) { return x; }
+template <typename T>
+FASTFORMER_INLINE F32 rounded(F32 x, T type) {
+  return widen(narrow(x, type), type);
+}
+
 // memory: no alignment asked for
 
 FASTFORMER_INLINE F32 load(const float* p) {

@@ -26,7 +26,7 @@ __device__ __forceinline__ void load_s(const NormFwdParams& p, int64_t row, int 
             p.columns, residual);
   if (p.threshold > 0) drop_unit(*p.seed, row, unit, p.threshold, p.scale, s);
 #pragma unroll
-  for (int e = 0; e < kUnit; ++e) s[e] = __fadd_rn(residual[e], s[e]);
+  for (int e = 0; e < kUnit; ++e) s[e] = rounded(__fadd_rn(residual[e], s[e]), p.out_dtype);
 }
 
 // centred <- centred * rstd * weight + bias, written to out.
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_fwd_kept_kernel(const __grid
       float other[kUnit];
       unpack(reinterpret_cast<const uint32_t*>(&residual[k]), kType, other);
 #pragma unroll
-      for (int e = 0; e < kUnit; ++e) s[k][e] = __fadd_rn(other[e], s[k][e]);
+      for (int e = 0; e < kUnit; ++e) s[k][e] = rounded(__fadd_rn(other[e], s[k][e]), kType);
       if (row.real && unit < units) {
         store_unit(row_at(p.sum, kType, row.index * p.columns), kType, true, unit, p.columns, s[k]);
       }

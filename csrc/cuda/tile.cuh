@@ -29,6 +29,11 @@ __device__ __forceinline__ uint32_t pack_halves(float low, float high, DType dty
   return dtype == DType::kBFloat16 ? pack_bfloat16(low, high) : pack_float16(low, high);
 }
 
+// value as it comes back from memory of this type.
+__device__ __forceinline__ float rounded(float value, DType dtype) {
+  return dtype == DType::kFloat32 ? value : unpack_half(pack_halves(value, 0.0f, dtype), 0, dtype);
+}
+
 // kUnit floats from the words of 16-bit or float32 memory.
 template <int kUnit>
 __device__ __forceinline__ void unpack(const uint32_t* words, DType dtype, float (&values)[kUnit]) {
