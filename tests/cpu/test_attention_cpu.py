@@ -159,7 +159,9 @@ def test_keys_that_nobody_sees_change_no_bit(dtype, poison):
     clean_key, clean_value = poison_keys(inputs["key"], inputs["value"], real, 0.5)
     for hiding in ({"key_padding_mask": real}, {"mask": real[:, None, None, :]}):
         poisoned = run({"query": inputs["query"], "key": key, "value": value} | hiding)
-        assert_same_bits(poisoned, run({"query": inputs["query"], "key": clean_key, "value": clean_value} | hiding))
+        assert_same_bits(
+            poisoned, run({"query": inputs["query"], "key": clean_key, "value": clean_value} | hiding)
+        )
         assert poisoned[0].isfinite().all()
         check(inputs | hiding)
 
