@@ -1,4 +1,4 @@
-"""The raw attention operator of the CPU at every ISA level: the kernels that users meet only at their machine's best."""
+"""The raw attention operator of the CPU at every ISA level."""
 
 from __future__ import annotations
 
@@ -116,8 +116,8 @@ def test_windows(window, corner):
 
 
 MASK_SHAPES = [
-    (2, 3, 30, 70), (1, 3, 30, 70), (2, 1, 30, 70), (1, 1, 30, 70), (30, 70), (2, 3, 1, 70), (2, 1, 1, 70), (70,),
-    (2, 3, 30, 1), (30, 1), (3, 1, 1), (1,),
+    (2, 3, 30, 70), (1, 3, 30, 70), (2, 1, 30, 70), (1, 1, 30, 70), (30, 70), (2, 3, 1, 70), (2, 1, 1, 70),
+    (70,), (2, 3, 30, 1), (30, 1), (3, 1, 1), (1,),
 ]  # fmt: skip
 
 
