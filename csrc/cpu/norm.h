@@ -234,9 +234,9 @@ static void norm_fwd(const NormFwd& call, int64_t row_begin, int64_t row_end) {
 //
 // RMSNorm has no term of sum(g), since there the mean is not subtracted.
 //
-// The formula takes sum(xhat) = 0 for granted. The saved mean is rounded, so in a row of nearly equal elements
-// xhat would hold that error times a large rstd. What is left of the mean, sum(s - mean) / C, is therefore
-// taken off as well.
+// The formula takes sum(xhat) = 0 for granted. The saved mean is rounded, so in a row of nearly equal
+// elements xhat would hold that error times a large rstd. What is left of the mean, sum(s - mean) / C, is
+// therefore taken off as well.
 
 template <typename T>
 struct BackwardRow {

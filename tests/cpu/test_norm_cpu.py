@@ -92,7 +92,7 @@ def test_every_width(kind, dtype):
         expected = composition(kind, *(t.double() for t in tensors + grads))
         assert_as_accurate(actual, baseline, expected, f"C = {C}")
 
-        s = tensors[0].double() + tensors[1].double()
+        s = outputs["sum"].double()
         mean = s.mean(-1) if kind == "layer" else torch.zeros(rows, dtype=torch.float64)
         rstd = ((s - mean[:, None]).square().mean(-1) + EPS).rsqrt()
         torch.testing.assert_close(outputs["mean"], mean.float() if kind == "layer" else torch.empty(0))
@@ -230,7 +230,7 @@ def test_nan_and_inf_stay_in_their_row(bad):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_gradient_of_a_constant_row_that_rounding_moves(dtype):
-    """1 + eps/2 is no 16-bit number: the saved row has another mean than the saved mean."""
+    """1 + eps/2 is no 16-bit number: the statistics must be those of the rounded row that backward reads."""
     C = 24
     x = torch.ones(1, C, dtype=dtype)
     residual = torch.full_like(x, torch.finfo(dtype).eps / 2)
