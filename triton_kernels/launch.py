@@ -16,13 +16,19 @@ size_agnostic = triton.jit(do_not_specialize=[*_STRIDES, "rows", "C", "threshold
 
 
 def as_rows(tensor: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
-    """[rows, C] with contiguous columns, without a copy where the strides allow it, and its row stride."""
+    """The tensor with contiguous columns, without a copy where the strides allow it, and its row stride."""
     if tensor is None:
         return None, 0
+    if tensor.is_contiguous():
+        return tensor, tensor.shape[-1]
     rows = tensor.reshape(-1, tensor.shape[-1])
     if rows.stride(1) != 1 and rows.shape[1] != 1:
         rows = rows.contiguous()
     return rows, rows.stride(0)
+
+
+def ceil_div(n: int, size: int) -> int:
+    return -(-n // size)  # triton.cdiv takes 2 us, for its sake inside kernels
 
 
 def contiguous(vector: torch.Tensor | None) -> torch.Tensor | None:

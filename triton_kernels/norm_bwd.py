@@ -13,7 +13,16 @@ import triton
 import triton.language as tl
 
 from .configs import COLUMN_SUM, bwd_programs, norm_config
-from .launch import TARGET, as_rows, contiguous, dropout_constants, on_device, size_agnostic, sm_count
+from .launch import (
+    TARGET,
+    as_rows,
+    ceil_div,
+    contiguous,
+    dropout_constants,
+    on_device,
+    size_agnostic,
+    sm_count,
+)
 from .tiles import affine, aligned, drop, load_tile, store_tile
 
 
@@ -208,8 +217,8 @@ def norm_bwd(
     C = s.shape[-1]
     rows = rstd.numel()
     threshold, scale = dropout_constants(dropout_p)
-    ds = torch.empty(s.shape, dtype=s.dtype, device=s.device)
-    dx = torch.empty(s.shape if threshold else 0, dtype=s.dtype, device=s.device)
+    ds = torch.empty_like(s, memory_format=torch.contiguous_format)
+    dx = torch.empty_like(ds) if threshold else s.new_empty(0)
     if rows == 0:
         return ds, dx, rstd.new_zeros(C * need_dweight), rstd.new_zeros(C * need_dbias)
     grad_rows, stride_g = as_rows(grad_out)
@@ -217,9 +226,9 @@ def norm_bwd(
     s_rows, stride_s = as_rows(s)
     align = math.gcd(C, stride_g, stride_gs, stride_s, 8)
     config = norm_config(TARGET, "norm_bwd", C, align)
-    groups = triton.cdiv(rows, config.rows)
-    steps = 1 if config.wide else triton.cdiv(groups, bwd_programs(TARGET, config, sm_count(s.device)))
-    programs = triton.cdiv(groups, steps)
+    groups = ceil_div(rows, config.rows)
+    steps = 1 if config.wide else ceil_div(groups, bwd_programs(TARGET, config, sm_count(s.device)))
+    programs = ceil_div(groups, steps)
     dweight = rstd.new_empty((programs, C) if need_dweight else 0)
     dbias = rstd.new_empty((programs, C) if need_dbias else 0)
     kernel = _norm_bwd_wide_kernel if config.wide else _norm_bwd_kernel
@@ -262,7 +271,7 @@ def _column_sums(
     if programs == 1:
         return dweight.view(-1), dbias.view(-1)
     dweight_sum, dbias_sum = (partial.new_empty(C if partial.numel() else 0) for partial in (dweight, dbias))
-    _column_sum_kernel[(triton.cdiv(C, COLUMN_SUM.block_c),)](
+    _column_sum_kernel[(ceil_div(C, COLUMN_SUM.block_c),)](
         *(t if t.numel() else None for t in (dweight, dbias, dweight_sum, dbias_sum)),
         programs,
         C,

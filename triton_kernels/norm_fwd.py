@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .configs import norm_config
-from .launch import TARGET, as_rows, contiguous, dropout_constants, on_device, size_agnostic
+from .launch import TARGET, as_rows, ceil_div, contiguous, dropout_constants, on_device, size_agnostic
 from .tiles import affine, aligned, drop, load_tile, store_tile
 
 
@@ -53,8 +53,9 @@ def _norm_fwd_kernel(
     in_row = cols < C
     mask = (row < rows)[:, None] & in_row[None, :]  # [ROWS, BLOCK_C]
     s = _load_sum(
-        x_ptr, residual_ptr, sum_ptr, seed_ptr, stride_x, stride_r, row, 0, cols, mask, threshold, scale, ALIGN
-    )
+        x_ptr, residual_ptr, sum_ptr, seed_ptr, stride_x, stride_r, row, 0, cols, mask, threshold, scale,
+        ALIGN,
+    )  # fmt: skip
     if sum_ptr is not None:
         store_tile(sum_ptr, C, row, cols, mask, s, ALIGN)
     if mean_ptr is not None:
@@ -88,8 +89,8 @@ def _norm_fwd_wide_kernel(
         in_row = cols < C
         mask = in_rows[:, None] & in_row[None, :]
         s = _load_sum(
-            x_ptr, residual_ptr, sum_ptr, seed_ptr, stride_x, stride_r, row, start, cols, mask, threshold, scale,
-            ALIGN,
+            x_ptr, residual_ptr, sum_ptr, seed_ptr, stride_x, stride_r, row, start, cols, mask,
+            threshold, scale, ALIGN,
         )  # fmt: skip
         if sum_ptr is not None:
             store_tile(sum_ptr, C, row, cols, mask, s, ALIGN)
@@ -112,8 +113,8 @@ def _norm_fwd_wide_kernel(
         mask = in_rows[:, None] & in_row[None, :]
         # From the inputs again: what this program wrote to the sum is not ordered before its own loads.
         s = _load_sum(
-            x_ptr, residual_ptr, sum_ptr, seed_ptr, stride_x, stride_r, row, start, cols, mask, threshold, scale,
-            ALIGN,
+            x_ptr, residual_ptr, sum_ptr, seed_ptr, stride_x, stride_r, row, start, cols, mask,
+            threshold, scale, ALIGN,
         )  # fmt: skip
         out = affine((s - mean[:, None]) * rstd[:, None], weight_ptr, bias_ptr, cols, in_row)
         store_tile(out_ptr, C, row, cols, mask, out, ALIGN)
@@ -146,10 +147,10 @@ def norm_fwd(
     """
     C = x.shape[-1]
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    summed = torch.empty(x.shape if residual is not None else 0, dtype=dtype, device=x.device)
-    mean = torch.empty(0 if rms else x.shape[:-1], dtype=torch.float32, device=x.device)
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    summed = out.new_empty(0) if residual is None else torch.empty_like(out)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    mean = rstd.new_empty(0) if rms else torch.empty_like(rstd)
     rows = rstd.numel()
     if rows == 0:
         return out, summed, mean, rstd
@@ -160,7 +161,7 @@ def norm_fwd(
     threshold, scale = dropout_constants(dropout_p)
     kernel = _norm_fwd_wide_kernel if config.wide else _norm_fwd_kernel
     with on_device(x):
-        kernel[(triton.cdiv(rows, config.rows),)](
+        kernel[(ceil_div(rows, config.rows),)](
             x_rows,
             residual_rows,
             contiguous(weight),
