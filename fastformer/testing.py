@@ -1,7 +1,7 @@
 """How fastformer decides that a result is right, for its own tests and for whoever adds a kernel.
 
-The rule needs three results of one call: the `actual` one, a `baseline` (what torch's own composition gives in
-the same dtype) and an `oracle` (the reference backend on float64 copies). See `assert_as_accurate`.
+The rule needs three results of one call: the `actual` one, a `baseline` (what torch's own composition gives
+in the same dtype) and an `oracle` (the reference backend on float64 copies). See `assert_as_accurate`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ LAYOUTS = ("contiguous", "transposed", "sliced", "unaligned", "last_strided", "b
 def assert_as_accurate(actual: Any, baseline: Any, oracle: Any, what: str = "") -> None:
     """Raise AssertionError unless `actual` is about as accurate as `baseline`, both judged by `oracle`.
 
-    `actual` must have the baseline's dtype and the oracle's shape; must be NaN, +inf or -inf exactly where the
-    oracle is; and over the remaining elements both the maximum and the mean absolute error must stay within
+    `actual` must have the baseline's dtype and the oracle's shape; must be NaN, +inf or -inf exactly where
+    the oracle is; and over the remaining elements both the maximum and the mean absolute error must stay within
     `2 * baseline_error + eps(dtype) * max|oracle|`.
 
     Args:
@@ -116,8 +116,7 @@ def cotangents(outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     draws = (torch.randn(out.shape, generator=generator).clamp(-7, 7) for out in outputs)
     return [
-        ((draw * 16).round() / 16).to(out.device, out.dtype)
-        for draw, out in zip(draws, outputs, strict=True)
+        ((draw * 16).round() / 16).to(out.device, out.dtype) for draw, out in zip(draws, outputs, strict=True)
     ]
 
 
@@ -150,7 +149,9 @@ def outputs_and_gradients(
     if grad_outputs is None:
         grad_outputs = cotangents(outputs)
     tracked = [
-        (out, grad.to(out.dtype)) for out, grad in zip(outputs, grad_outputs, strict=True) if out.requires_grad
+        (out, grad.to(out.dtype))
+        for out, grad in zip(outputs, grad_outputs, strict=True)
+        if out.requires_grad
     ]
     assert tracked, "inputs require grad, and no output does"
     grads = torch.autograd.grad(
@@ -171,9 +172,10 @@ def oracle(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Tenso
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
     """`tensor` with other strides: one of LAYOUTS.
 
-    - `transposed`: dimensions 1 and 2 swapped in memory (0 and 1 of a matrix), as [B, M, H, D] projections give.
-    - `sliced`: the last dimension is part of a wider one whose other columns hold NaN, so that a read beyond the
-      tensor shows.
+    - `transposed`: dimensions 1 and 2 swapped in memory (0 and 1 of a matrix), as [B, M, H, D] projections
+      give.
+    - `sliced`: the last dimension is part of a wider one whose other columns hold NaN, so that a read beyond
+      the tensor shows.
     - `unaligned`: the first element lies one element past an aligned address, after a NaN.
     - `last_strided`: the last dimension has stride 2, with NaN between.
     - `broadcast`: the first dimension has stride 0 and repeats its first entry.
@@ -185,7 +187,11 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
         dims = (1, 2) if tensor.dim() > 2 else (0, tensor.dim() - 1)
         view = tensor.transpose(*dims).contiguous().transpose(*dims)
     elif layout == "sliced":
-        wide = torch.full_like(tensor[..., :1], torch.nan).expand(*tensor.shape[:-1], tensor.shape[-1] + 5).clone()
+        wide = (
+            torch.full_like(tensor[..., :1], torch.nan)
+            .expand(*tensor.shape[:-1], tensor.shape[-1] + 5)
+            .clone()
+        )
         view = wide[..., 2 : 2 + tensor.shape[-1]]
         view.copy_(tensor)
     elif layout == "unaligned":
@@ -236,11 +242,13 @@ def attention_inputs(
 def poison_keys(
     key: Tensor, value: Tensor, key_padding_mask: Tensor, with_: float = torch.nan
 ) -> tuple[Tensor, Tensor]:
-    """Copies of `key` and `value` [B, H_kv, N, D] that hold `with_` where `key_padding_mask` [B, N] is False."""
+    """Copies of `key`, `value` [B, H_kv, N, D] that hold `with_` where `key_padding_mask` [B, N] is False."""
     hidden = ~key_padding_mask[:, None, :, None]
-    return tuple(
-        tensor.detach().masked_fill(hidden, with_).requires_grad_(tensor.requires_grad) for tensor in (key, value)
+    poisoned_key, poisoned_value = (
+        tensor.detach().masked_fill(hidden, with_).requires_grad_(tensor.requires_grad)
+        for tensor in (key, value)
     )
+    return poisoned_key, poisoned_value
 
 
 def norm_inputs(
@@ -284,7 +292,7 @@ def feed_forward_inputs(
     requires_grad: bool = False,
     seed: int = 0,
 ) -> dict[str, Tensor | None]:
-    """`x` [*rows, E], `w1` [F, E], `b1` [F], `w2` [E_out, F], `b2` [E_out]; if gated `w_gate` and `b_gate` too.
+    """`x` [*rows, E], `w1` [F, E], `b1` [F], `w2` [E_out, F], `b2` [E_out]; if gated `w_gate`, `b_gate` too.
 
     E_out defaults to E; the biases are None unless `bias`. Weights are scaled so that every product keeps the
     size of its input.

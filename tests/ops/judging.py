@@ -30,27 +30,72 @@ def without_grad(inputs):
     }
 
 
-def judge(fn, plain, inputs, *, backend, must_serve=True, fn_only=None, plain_only=None):
-    """Compare `fn(**inputs, **fn_only)` on `backend` with `plain(**inputs, **plain_only)`, gradients included.
+# One draw's largest error is chance: of 150 draws of float32 attention torch's own fused kernel misses the
+# rule in one, at 1.2 times what is allowed. A draw that misses it is judged again together with these many
+# others, where chance evens out and a mistake does not.
+MORE_DRAWS = 7
+
+
+def another_draw(inputs, seed):
+    """`inputs` with the values of every floating tensor in another order."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def shuffled(value):
+        if not (isinstance(value, torch.Tensor) and value.is_floating_point()):
+            return value
+        order = torch.randperm(value.numel(), generator=generator)
+        values = value.detach().flatten()[order].view(value.shape)
+        return values.requires_grad_(value.requires_grad)
+
+    return {name: shuffled(value) for name, value in inputs.items()}
+
+
+def pooled(results):
+    """One vector of all results of the same name; not every result need have every name."""
+    names = dict.fromkeys(name for result in results for name in result)
+    return {name: torch.cat([r[name].flatten() for r in results if name in r]) for name in names}
+
+
+def assert_accurate_over_draws(three_results, what):
+    """`three_results(draw)` -> actual, baseline and oracle of draw 0, 1, ..., each a dict of tensors."""
+    first = three_results(0)
+    try:
+        assert_as_accurate(*first, what)
+    except AssertionError:
+        draws = [first] + [three_results(draw) for draw in range(1, 1 + MORE_DRAWS)]
+        for actual, _, exact in draws:
+            assert {k: t.shape for k, t in actual.items()} == {k: t.shape for k, t in exact.items()}, what
+        actual, baseline, exact = (pooled(results) for results in zip(*draws, strict=True))
+        assert_as_accurate(actual, baseline, exact, f"{what} over {len(draws)} draws,")
+
+
+def judge(fn, plain, inputs, *, backend, must_serve=True, fn_only=None, plain_only=None, **how):
+    """Compare `fn(**inputs, **fn_only)` on `backend` with `plain(**inputs, **plain_only)` and gradients.
 
     The oracle is the reference backend on float64 copies; for the reference itself it is `plain` on them.
-    A backend that refuses although it `must_serve` fails the test. Returns whether the call was served.
+    A backend that refuses although it `must_serve` fails the test. `how` goes to `outputs_and_gradients`.
+    Returns whether the call was served.
     """
     skip_unless_built(backend)
     fn_only, plain_only = fn_only or {}, plain_only or {}
+
+    def three_results(draw):
+        drawn = another_draw(inputs, draw) if draw else inputs
+        actual = outputs_and_gradients(fn, **drawn, **fn_only, backend=backend, **how)
+        baseline = outputs_and_gradients(plain, **drawn, **plain_only, **how)
+        if backend == "reference":
+            exact = outputs_and_gradients(plain, **in_float64(drawn), **in_float64(plain_only), **how)
+        else:
+            exact = oracle(fn, **drawn, **fn_only, **how)
+        return actual, baseline, exact
+
     try:
-        actual = outputs_and_gradients(fn, **inputs, **fn_only, backend=backend)
+        assert_accurate_over_draws(three_results, f"{backend or 'auto'}:")
     except fastformer.BackendError as refusal:
         assert backend is not None, f"no backend serves the call: {refusal}"
         assert not must_serve, f"{backend} must serve this call, and refuses it: {refusal}"
         assert backend in str(refusal), f"the refusal does not name the backend: {refusal}"
         return False
-    baseline = outputs_and_gradients(plain, **inputs, **plain_only)
-    if backend == "reference":
-        expected = outputs_and_gradients(plain, **in_float64(inputs), **in_float64(plain_only))
-    else:
-        expected = oracle(fn, **inputs, **fn_only)
-    assert_as_accurate(actual, baseline, expected, f"{backend or 'auto'}:")
     return True
 
 

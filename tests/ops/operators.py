@@ -1,4 +1,4 @@
-"""Every operator as a function of differentiable tensors alone, beside the plain formula, for the transforms."""
+"""Every operator as a function of differentiable tensors alone, beside the plain formula."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def _fragment_keep(columns, rows, stream, kind, seed, p):
 
 
 def attention_keep(B, H, M, N, seed, p, first_batch=0):
-    """Bool [B, H, M, N]: the elements of the weights that dropout keeps; `first_batch` is the first row's b."""
+    """Bool [B, H, M, N]: the weights that dropout keeps; `first_batch` is the b of the first."""
     stream = (first_batch * H + np.arange(B * H)).reshape(B, H, 1, 1)
     return _fragment_keep(N, np.arange(M).reshape(1, 1, M, 1), stream, 0, seed, p)
 

@@ -51,7 +51,7 @@ def attention(
     return_lse=False,
     return_weights=False,
 ):
-    """`fastformer.attention`, except that dropout comes as what it decided: `keep` [B, H, M, N], `keep_scale`."""
+    """`fastformer.attention`, but dropout comes as what it decided: `keep` [B, H, M, N] and `keep_scale`."""
     (B, H, M, D), N = query.shape, key.shape[-2]
     device = query.device
     key, value = (t.repeat_interleave(H // t.shape[1], 1) if t.shape[1] else t for t in (key, value))
@@ -107,9 +107,18 @@ def attention(
 
 
 def packed_attention(
-    query, key, value, *, cu_seqlens_q, cu_seqlens_k, relative_bias=None, keep=None, return_lse=False, **arguments
+    query,
+    key,
+    value,
+    *,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    relative_bias=None,
+    keep=None,
+    return_lse=False,
+    **arguments,
 ):
-    """Sequence after sequence. query [total, H, D]; `keep` is a list of [1, H, M, N], one for each sequence."""
+    """Sequence after sequence. query [total, H, D]; `keep` lists a [1, H, M, N] for each sequence."""
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     longest_q = max((b - a for a, b in pairwise(starts_q)), default=0)
     outs, lses = [], []

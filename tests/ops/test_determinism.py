@@ -21,7 +21,10 @@ def determinism_calls(dtype):
     feed = feed_forward_inputs(70, E=48, F=130, gated=True, dtype=dtype, requires_grad=True)
     return {
         "attention": (fastformer.attention, attention | {"causal": "lower_right", "return_lse": True}),
-        "broadcast bias": (fastformer.attention, attention | {"bias": floats(1, 4, 1, 150), "sink": floats(4)}),
+        "broadcast bias": (
+            fastformer.attention,
+            attention | {"bias": floats(1, 4, 1, 150), "sink": floats(4)},
+        ),
         "relative bias": (fastformer.attention, attention | {"relative_bias": floats(1, 219)}),
         "layer": (fastformer.add_norm, norm),
         "rms": (fastformer.add_norm, norm | {"kind": "rms"}),

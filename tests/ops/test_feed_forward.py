@@ -151,7 +151,7 @@ def test_many_calls(inputs, backend):
 
 
 def test_gated_forms_multiply_by_the_ungated_product():
-    """hidden = act(x w_gate^T + b_gate) * (x w1^T + b1), so a gate that is open everywhere leaves x w1^T + b1."""
+    """hidden = act(x w_gate^T + b_gate) * (x w1^T + b1): an open gate leaves x w1^T + b1."""
     inputs = feed_forward_inputs(5, gated=True, dtype=torch.float64)
     inputs["w_gate"].zero_()
     inputs["b_gate"].fill_(1.0)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 
 import fastformer
-from fastformer.testing import LAYOUTS, norm_inputs, outputs_and_gradients
+from fastformer.testing import LAYOUTS, norm_inputs
 
 from . import plain
 from .judging import (
@@ -20,7 +20,6 @@ from .judging import (
     DTYPES,
     HAS_EXTENSION,
     assert_reference_means_plain,
-    assert_same_bits,
     judge,
     skip_unless_built,
 )
@@ -84,7 +83,9 @@ def test_norms_of_cpu_tensors_go_to_cpu(kind):
 
 
 @pytest.mark.parametrize(
-    "x_dtype, residual_dtype, param_dtype", [t for t in itertools.product(DTYPES, repeat=3) if len(set(t)) > 1], ids=str
+    "x_dtype, residual_dtype, param_dtype",
+    [t for t in itertools.product(DTYPES, repeat=3) if len(set(t)) > 1],
+    ids=str,
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_mixed_dtypes(backend, x_dtype, residual_dtype, param_dtype):
@@ -118,15 +119,13 @@ def test_layouts(backend, layout):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_gradients(backend):
     """An expanded or transposed incoming gradient is read through its strides."""
-    skip_unless_built(backend)
     inputs = norm_inputs(6, 7, 24, requires_grad=True)
-    run = functools.partial(outputs_and_gradients, fastformer.add_norm, **inputs, backend=backend)
     for grads in (
         [torch.ones(()).expand(6, 7, 24)] * 2,
         [torch.randn(24, 7, 6).permute(2, 1, 0), torch.randn(7, 6, 24).transpose(0, 1)],
         [torch.randn(6, 7, 48)[..., ::2], torch.randn(6, 7, 30)[..., 3:27]],
     ):
-        assert_same_bits(run(grad_outputs=grads), run(grad_outputs=[g.contiguous() for g in grads]))
+        judge(fastformer.add_norm, plain.add_norm, inputs, backend=backend, grad_outputs=grads)
 
 
 @pytest.mark.parametrize("affine", ("neither", "weight", "bias", "both"))
@@ -183,7 +182,7 @@ def test_reduction_over_many_rows(backend, rows):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_mean_far_from_zero(dtype, backend):
     """E[x²] − E[x]² would lose every digit of the variance here."""
-    inputs = norm_inputs(5, 512, dtype=dtype, offset=1000.0, requires_grad=True)
+    inputs = norm_inputs(100, 512, dtype=dtype, offset=1000.0, requires_grad=True)
     judge(normed, plain_normed, plain_call(inputs, "layer"), backend=backend)
 
 
@@ -268,7 +267,13 @@ def calls(draw):
     if len(rows) == 0 and layout == "transposed":
         layout = "contiguous"
     inputs = norm_inputs(
-        *rows, C, **dtypes, layout=layout, requires_grad=True, seed=draw(st.integers(0, 9)), offset=draw(st.sampled_from((0.0, 3.0)))
+        *rows,
+        C,
+        **dtypes,
+        layout=layout,
+        requires_grad=True,
+        seed=draw(st.integers(0, 9)),
+        offset=draw(st.sampled_from((0.0, 3.0))),
     )
     for name in ("weight", "bias"):
         if not draw(st.booleans()):
