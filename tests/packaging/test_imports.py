@@ -106,13 +106,13 @@ def test_importing_fastformer_loads_no_optional_package():
 
 
 def test_importing_fastformer_is_quick():
-    clock = "time.perf_counter()"
+    clock = "time.process_time()"  # the wall clock would time the other processes too
     code = f"import time, torch; start = {clock}; import fastformer; print({clock} - start)"
-    # A busy machine makes any single measurement too long, none too short.
+    # Cold caches make some measurements too long, none too short.
     times = []
     while not times or (min(times) >= 0.2 and len(times) < 5):
         times.append(float(run_fresh(code)))
-    assert min(times) < 0.2, f"importing fastformer after torch took {times} s"
+    assert min(times) < 0.2, f"importing fastformer after torch took {times} CPU seconds"
 
 
 def test_triton_kernels_import_without_fastformer():
