@@ -87,6 +87,29 @@ def _longest(cu_seqlens: Tensor) -> int:
     return int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
 
 
+def _lengths(
+    query: Tensor,
+    key: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+) -> tuple[bool, int | None, int | None]:
+    """Whether M = N is known, and the longest packed lengths, None where nothing is packed."""
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        if cu_seqlens_q is None and cu_seqlens_k is None and (max_seqlen_q, max_seqlen_k) != (None, None):
+            raise ValueError(
+                "max_seqlen_q or max_seqlen_k came without cu_seqlens_q and cu_seqlens_k: leave it out"
+            )
+        square = query.dim() == 4 and key.dim() == 4 and query.shape[2] == key.shape[2]
+        return square, None, None
+    square = cu_seqlens_q is cu_seqlens_k
+    longest_q = _longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q
+    if max_seqlen_k is None:
+        max_seqlen_k = longest_q if square else _longest(cu_seqlens_k)
+    return square, longest_q, max_seqlen_k
+
+
 def _four_dims(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or tensor.dim() >= 4:
         return tensor
@@ -160,18 +183,9 @@ def attention(
                 "have no form for weights: pass .values() and cu_seqlens instead"
             )
         query, key, value, offsets, cu_seqlens_q, cu_seqlens_k = _from_nested(query, key, value)
-    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    if not packed and (max_seqlen_q is not None or max_seqlen_k is not None):
-        raise ValueError(
-            "max_seqlen_q or max_seqlen_k came without cu_seqlens_q and cu_seqlens_k: leave it out"
-        )
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        square = cu_seqlens_q is cu_seqlens_k
-        max_seqlen_q = _longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q
-        max_seqlen_k = max_seqlen_q if square and max_seqlen_k is None else max_seqlen_k
-        max_seqlen_k = _longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k
-    else:
-        square = query.dim() == 4 and key.dim() == 4 and query.shape[2] == key.shape[2]
+    square, longest_q, longest_k = _lengths(
+        query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    )
     if return_weights not in (False, True, "per_head", "mean"):
         raise ValueError(f"return_weights is {return_weights!r}; wanted False, True, 'per_head' or 'mean'")
     if softcap is not None and not softcap > 0:
@@ -184,33 +198,21 @@ def attention(
         lower_right=lower_right,
         softcap=softcap,
         dropout_p=dropout_p,
-        max_seqlen_q=max_seqlen_q if packed else None,
-        max_seqlen_k=max_seqlen_k if packed else None,
+        max_seqlen_q=longest_q,
+        max_seqlen_k=longest_k,
         return_weights="per_head" if return_weights is True else (return_weights or None),
     )
     floats = _autocast((query, key, value, bias, relative_bias, sink), query.device.type)
     query, key, value, bias, relative_bias, sink = floats
     masks = (_four_dims(mask), key_padding_mask, key_lengths)
+    biases = (_four_dims(bias), relative_bias, sink)
     seed = resolve_seed(seed, dropout_p, query.device)
-    tensors = (
-        query,
-        key,
-        value,
-        *masks,
-        _four_dims(bias),
-        relative_bias,
-        sink,
-        seed,
-        cu_seqlens_q,
-        cu_seqlens_k,
-    )
+    tensors = (query, key, value, *masks, *biases, seed, cu_seqlens_q, cu_seqlens_k)
     check_attention(spec, tensors)
     outputs = run(_ATTENTION, spec, tensors, backend)
     if offsets is not None:
-        outputs = (
-            _to_nested(outputs[0], offsets),
-            _to_nested(outputs[1].transpose(0, 1).contiguous(), offsets),
-        )
+        lse = outputs[1].transpose(0, 1).contiguous()
+        outputs = (_to_nested(outputs[0], offsets), _to_nested(lse, offsets))
     if not return_lse and not return_weights:
         return outputs[0]
     return outputs[:1] + (outputs[1:2] if return_lse else ()) + outputs[2:]
