@@ -25,6 +25,8 @@ FOLDER = Path(__file__).parent
 TABLE_WIDTH = 140
 # `--only NAME` runs bench_NAME.py.
 MODULES = ("attention", "norm", "feed_forward", "launch", "sentence_encoder")
+PYTEST_OPTIONS = ["-q", "-rs", "-W", "ignore", "-p", "no:cacheprovider", "--capture=no", "--benchmark-quiet"]
+PYTEST_OPTIONS += ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"]
 
 
 class ProgressBar:
@@ -116,17 +118,10 @@ def _timed(options: argparse.Namespace, progress: Progress) -> dict | None:
         raw = Path(folder) / "raw.json"
         arguments = [str(FOLDER / f"bench_{name}.py") for name in options.only]
         arguments += [f"--rootdir={FOLDER.parent}", f"--device={options.device}", f"--benchmark-json={raw}"]
-        arguments += ["--quick"] * options.quick + ["--benchmark-quiet", "--capture=no", "-q", "-W", "ignore"]
-        arguments += [
-            "-p",
-            "no:cacheprovider",
-            "-o",
-            "python_files=bench_*.py",
-            "-o",
-            "python_functions=bench_*",
-        ]
+        arguments += ["--quick"] * options.quick + PYTEST_OPTIONS
         with contextlib.redirect_stdout(printed):
             status = pytest.main(arguments, plugins=[ProgressBar(progress)])
+        # Where nothing was right pytest-benchmark writes nothing; what was printed says why.
         if status != pytest.ExitCode.OK or not raw.exists():
             print(printed.getvalue(), file=sys.stderr)
             return None

@@ -115,12 +115,8 @@ class Contest:
         self.verdicts: dict[str, Verdict] = {}
         self.round_seconds = 0.002 if quick else 0.005
         self.pass_seconds = 0.02 if quick else 0.05
-        self.inputs = case.draw()
-        with torch.set_grad_enabled(case.needs_grad):
-            self._oracle = (
-                case.oracle() if case.oracle else case.contenders["naive"](*in_float64(self.inputs))
-            )
-            self._baseline = self.run(case.baseline)
+        self.inputs: tuple = ()
+        self._baseline = self._oracle = None
 
     def run(self, contender: str):
         return self.case.contenders[contender](*self.inputs)
@@ -133,6 +129,8 @@ class Contest:
     def _judge(self, contender: str) -> Verdict:
         case = self.case
         try:
+            if self._oracle is None:
+                self._prepare()
             actual = self.run(contender)
             backend = case.backend(*self.inputs) if contender == "fastformer" and case.backend else ""
         except Exception as error:  # a contender that cannot run is a result, not the end of the run
@@ -142,6 +140,12 @@ class Contest:
         except AssertionError as error:
             return Verdict("wrong", _first_line(error), backend)
         return self._size(contender, Verdict("right", backend=backend))
+
+    def _prepare(self) -> None:
+        self.inputs = self.case.draw()
+        self._baseline = self.run(self.case.baseline)
+        naive = self.case.contenders["naive"]
+        self._oracle = self.case.oracle() if self.case.oracle else naive(*in_float64(self.inputs))
 
     def _size(self, contender: str, verdict: Verdict) -> Verdict:
         """Fit rounds and passes to how long a call takes, and note what it allocates on a GPU."""
@@ -158,10 +162,8 @@ class Contest:
             for _ in range(calls):
                 self.run(contender)
             elapsed = clock() - start
-            verdict.iterations, calls = (
-                calls,
-                math.ceil(calls * min(10.0, 1.2 * self.round_seconds / elapsed)),
-            )
+            verdict.iterations = calls
+            calls = math.ceil(calls * min(10.0, 1.2 * self.round_seconds / elapsed))
         verdict.rounds = max(1, min(10, int(self.pass_seconds / elapsed)))
         return verdict
 
