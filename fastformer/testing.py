@@ -23,7 +23,7 @@ def assert_as_accurate(actual: Any, baseline: Any, oracle: Any, what: str = "") 
     """Raise AssertionError unless `actual` is about as accurate as `baseline`, both judged by `oracle`.
 
     `actual` must have the baseline's dtype and the oracle's shape; must be NaN, +inf or -inf exactly where
-    the oracle is; and over the remaining elements both maximum and mean of the absolute error must stay within
+    the oracle is; and over the remaining elements maximum and mean of the absolute error must stay within
     `2 * baseline_error + eps(dtype) * max|oracle|`.
 
     Args:

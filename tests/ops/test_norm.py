@@ -190,7 +190,7 @@ def test_a_mean_far_from_zero(dtype, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("C", (1, 2, 40))
 def test_gradients_of_nearly_constant_rows(C, dtype, backend):
-    """The saved sum is rounded to 16 bits: against statistics of the unrounded one its x-hat would be noise."""
+    """The saved sum is rounded to 16 bits: x-hat by statistics of the unrounded one is noise."""
     inputs = norm_inputs(64, C, dtype=dtype, requires_grad=True)
     inputs["x"] = (inputs["x"].detach() * 2**-8 + 50).requires_grad_()
     inputs["residual"] = (inputs["residual"].detach() * 2**-8).requires_grad_()
