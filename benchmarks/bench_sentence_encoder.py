@@ -48,7 +48,7 @@ def corpus_size(grid: Grid) -> tuple[int, int]:
     """Paragraphs, and how many of them make a batch."""
     if grid.quick:
         return 16, 8
-    return (1024, 64) if grid.device == "cuda" else (64, 16)
+    return (1024, 64) if grid.device == "cuda" else (32, 8)
 
 
 def model_folder() -> Path:
