@@ -284,7 +284,9 @@ static void write_gradients(const NormBwd& call, const BackwardRow<T>* rows, flo
       const BackwardRow<T>& row = rows[r];
       const F32 grad_out = load(row.grad_out + j, lanes);
       const F32 xhat = (load(row.s + j, lanes) - row.mean - row.mean_rest) * row.rstd;
-      F32 ds = fma(grad_out, weight, fma(xhat, splat(-row.mean_g_xhat), splat(-row.mean_g))) * row.rstd;
+      // g is rounded here as it was in its mean, or a row of one column would keep the difference times rstd.
+      const F32 g = grad_out * weight;
+      F32 ds = fma(xhat, splat(-row.mean_g_xhat), g - row.mean_g) * row.rstd;
       if (row.grad_sum != nullptr) ds += load(row.grad_sum + j, lanes);
       store_output<kPastCaches>(row.ds + j, ds, lanes);
       if (row.dx != nullptr) {

@@ -162,7 +162,12 @@ class _Backward(torch.autograd.Function):
         grad_count: int,
         *arguments: Tensor | None,
     ) -> Any:
-        return operator.backward(backend, spec, needs, arguments[:grad_count], arguments[grad_count:])
+        results = operator.backward(backend, spec, needs, arguments[:grad_count], arguments[grad_count:])
+        # A gradient may be an incoming one itself (of b2, with one row), which a Function must not return.
+        return tuple(
+            r.clone() if r is not None and any(r is argument for argument in arguments) else r
+            for r in results
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
