@@ -89,13 +89,17 @@ def _forward_mode() -> bool:
 
 
 def _wants_grad(tensors: Tensors) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def _setup(ctx: Any, call: Call, tensors: Tensors, outputs: tuple[Tensor, ...]) -> None:
     ctx.call = call
     ctx.device = tensors[0].device.type  # type: ignore[union-attr]
-    ctx.input_dtypes = tuple(None if t is None else t.dtype for t in tensors)
+    ctx.input_dtypes = [None if t is None else t.dtype for t in tensors]
     ctx.differentiable = call.operator.differentiable(tensors)
     ctx.save_for_backward(*call.operator.saved(tensors, outputs))
     ctx.mark_non_differentiable(*outputs[ctx.differentiable :])

@@ -117,12 +117,12 @@ def _check_row_parameter(name: str, tensor: Tensor | None, x: Tensor) -> None:
     check_device(name, tensor, x, "the input")
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype:
+def _autocast(x: Tensor) -> Tensor:
     """Under autocast torch normalises in float32, but on the CPU it leaves the dtype alone."""
     device = x.device.type
     if device != "cpu" and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.float32
-    return x.dtype
+        return x.to(torch.float32)
+    return x
 
 
 def _norm_over(
@@ -148,8 +148,7 @@ def _norm_over(
         input = input.flatten(-dims)
         weight = None if weight is None else weight.flatten()
         bias = None if bias is None else bias.flatten()
-    dtype = _autocast_dtype(input)
-    return NormSpec(kind, eps), (input.to(dtype), None, weight, bias, None)
+    return NormSpec(kind, eps), (_autocast(input), None, weight, bias, None)
 
 
 def layer_norm(
@@ -217,8 +216,7 @@ def _add_norm_call(
         if parameter is not None:
             check_shape(name, parameter, (x.shape[-1],), "x's last dimension")
     seed = resolve_seed(seed, dropout_p, x.device)
-    x, residual = x.to(_autocast_dtype(x)), residual.to(_autocast_dtype(residual))
-    return NormSpec(kind, eps, dropout_p), (x, residual, weight, bias, seed)
+    return NormSpec(kind, eps, dropout_p), (_autocast(x), _autocast(residual), weight, bias, seed)
 
 
 def add_norm(
