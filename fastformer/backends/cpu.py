@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..specs import AttentionSpec, FeedForwardSpec, NormSpec
+from ..specs import AttentionSpec
+from . import raw_ops
 
 # Importing the extension registers its operators.
 try:
@@ -20,7 +21,6 @@ else:
     _missing = None
 
 _SERVED = ("norm_fwd", "norm_bwd", "attention_fwd", "feed_forward_fwd")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 256
 _NOT_YET_IN_ATTENTION = ("bias", "relative_bias", "sink")
 
@@ -40,26 +40,17 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
     assert first is not None
     if first.device.type != "cpu":
         return f"it serves CPU tensors, not {first.device.type}"
-    for tensor in tensors:
-        if tensor is not None and tensor.is_floating_point() and tensor.dtype not in _DTYPES:
-            return f"its kernels take float32, bfloat16 and float16, not {_name(tensor.dtype)}"
+    refusal = raw_ops.dtype_refusal(tensors)
+    if refusal is not None:
+        return refusal
     if op in ("norm_fwd", "norm_bwd"):
         return "it takes rows of at least one column" if first.shape[-1] == 0 else None
-    # query, key and value; or x, w1, w_gate and w2: their biases may differ.
-    places = (0, 1, 2) if op == "attention_fwd" else (0, 1, 3, 5)
-    matrices = [tensors[place] for place in places]
-    for tensor in matrices:
-        if tensor is not None and tensor.dtype != first.dtype:
-            return f"its kernels take one dtype, not {_name(first.dtype)} together with {_name(tensor.dtype)}"
     if op == "attention_fwd":
         return _attention_refusal(spec, tensors)
-    if any(tensor is not None and 0 in tensor.shape[-2:] for tensor in matrices[1:]):
+    _, w1, _, _, _, w2, *_ = tensors
+    if any(matrix is not None and 0 in matrix.shape for matrix in (w1, w2)):
         return "its feed_forward takes weights of at least one row and one column"
     return None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _attention_refusal(spec: AttentionSpec, tensors: tuple[Tensor | None, ...]) -> str | None:
@@ -82,51 +73,7 @@ def _attention_refusal(spec: AttentionSpec, tensors: tuple[Tensor | None, ...]) 
     return None
 
 
-def norm_fwd(
-    spec: NormSpec,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, sum, mean, rstd) as the raw operator fastformer::norm_fwd_cpu returns them."""
-    return torch.ops.fastformer.norm_fwd_cpu.default(
-        x, residual, weight, bias, seed, spec.kind == "rms", spec.eps, spec.dropout_p
-    )
-
-
-def norm_bwd(
-    spec: NormSpec,
-    grad_out: Tensor,
-    grad_sum: Tensor | None,
-    s: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    seed: Tensor | None,
-    need_dweight: bool,
-    need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(ds, dx, dweight, dbias) as the raw operator fastformer::norm_bwd_cpu returns them."""
-    return torch.ops.fastformer.norm_bwd_cpu.default(
-        grad_out, grad_sum, s, weight, mean, rstd, seed,
-        spec.kind == "rms", spec.dropout_p, need_dweight, need_dbias,
-    )  # fmt: skip
-
-
-def attention_fwd(spec: AttentionSpec, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(out, lse) as the raw operator fastformer::attention_fwd_cpu returns them."""
-    return torch.ops.fastformer.attention_fwd_cpu.default(
-        *tensors, spec.scale, spec.left, spec.right, spec.lower_right, spec.softcap, spec.dropout_p,
-        spec.max_seqlen_q, spec.max_seqlen_k,
-    )  # fmt: skip
-
-
-def feed_forward_fwd(
-    spec: FeedForwardSpec, *tensors: Tensor | None, save_pre: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, pre, pre_gate) as the raw operator fastformer::feed_forward_fwd_cpu returns them."""
-    return torch.ops.fastformer.feed_forward_fwd_cpu.default(
-        *tensors, spec.activation, spec.dropout_p, save_pre
-    )
+norm_fwd = partial(raw_ops.norm_fwd, "cpu")
+norm_bwd = partial(raw_ops.norm_bwd, "cpu")
+attention_fwd = partial(raw_ops.attention_fwd, "cpu")
+feed_forward_fwd = partial(raw_ops.feed_forward_fwd, "cpu")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..specs import NormSpec
+from . import raw_ops
 
 _SERVED = ("norm_fwd", "norm_bwd")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST_CAPABILITY = (8, 0)
 # Grids and row numbers are 32-bit.
 _MAX_ROWS = 2**31 - 1
@@ -100,10 +100,9 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
     reason = ready() or _device_refusal(first.device)
     if reason is not None:
         return reason
-    for tensor in tensors:
-        if tensor is not None and tensor.is_floating_point() and tensor.dtype not in _DTYPES:
-            given = str(tensor.dtype).removeprefix("torch.")
-            return f"its kernels take float32, bfloat16 and float16, not {given}"
+    refusal = raw_ops.dtype_refusal(tensors)
+    if refusal is not None:
+        return refusal
     columns = first.shape[-1]
     if columns > _MAX_COLUMNS:
         return f"its kernels take at most {_MAX_COLUMNS} columns"
@@ -112,34 +111,5 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
     return None
 
 
-def norm_fwd(
-    spec: NormSpec,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, sum, mean, rstd) as the raw operator fastformer::norm_fwd_cuda returns them."""
-    return torch.ops.fastformer.norm_fwd_cuda.default(
-        x, residual, weight, bias, seed, spec.kind == "rms", spec.eps, spec.dropout_p
-    )
-
-
-def norm_bwd(
-    spec: NormSpec,
-    grad_out: Tensor,
-    grad_sum: Tensor | None,
-    s: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    seed: Tensor | None,
-    need_dweight: bool,
-    need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(ds, dx, dweight, dbias) as the raw operator fastformer::norm_bwd_cuda returns them."""
-    return torch.ops.fastformer.norm_bwd_cuda.default(
-        grad_out, grad_sum, s, weight, mean, rstd, seed,
-        spec.kind == "rms", spec.dropout_p, need_dweight, need_dbias,
-    )  # fmt: skip
+norm_fwd = partial(raw_ops.norm_fwd, "cuda")
+norm_bwd = partial(raw_ops.norm_bwd, "cuda")

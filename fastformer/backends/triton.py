@@ -9,16 +9,16 @@ import functools
 import importlib.util
 import os
 import sys
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import Library
 
-from ..specs import NormSpec
+from . import raw_ops
 
 _SERVED = ("norm_fwd", "norm_bwd")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Grids and row numbers are 32-bit.
 _MAX_ROWS = 2**31 - 1
 _OLDEST_CAPABILITY = (8, 0)
@@ -66,10 +66,9 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
     missing = _missing_triton()
     if missing is not None:
         return missing
-    for tensor in tensors:
-        if tensor is not None and tensor.is_floating_point() and tensor.dtype not in _DTYPES:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            return f"its kernels take float32, bfloat16 and float16, not {dtype}"
+    refusal = raw_ops.dtype_refusal(tensors)
+    if refusal is not None:
+        return refusal
     first = tensors[0]
     assert first is not None
     if first.numel() > _MAX_ROWS * first.shape[-1]:
@@ -83,37 +82,8 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
     )
 
 
-def norm_fwd(
-    spec: NormSpec,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, sum, mean, rstd) as the raw operator fastformer::norm_fwd_triton returns them."""
-    return torch.ops.fastformer.norm_fwd_triton.default(
-        x, residual, weight, bias, seed, spec.kind == "rms", spec.eps, spec.dropout_p
-    )
-
-
-def norm_bwd(
-    spec: NormSpec,
-    grad_out: Tensor,
-    grad_sum: Tensor | None,
-    s: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    seed: Tensor | None,
-    need_dweight: bool,
-    need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(ds, dx, dweight, dbias) as the raw operator fastformer::norm_bwd_triton returns them."""
-    return torch.ops.fastformer.norm_bwd_triton.default(
-        grad_out, grad_sum, s, weight, mean, rstd, seed,
-        spec.kind == "rms", spec.dropout_p, need_dweight, need_dbias,
-    )  # fmt: skip
+norm_fwd = partial(raw_ops.norm_fwd, "triton")
+norm_bwd = partial(raw_ops.norm_bwd, "triton")
 
 
 def _norm_fwd_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
