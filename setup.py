@@ -42,7 +42,8 @@ CPU_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wno
 # g++ 12's own intrinsics headers warn of uninitialised variables; the sse2 level still watches ours.
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-X86_LEVELS = {"sse2": [], "avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS}
+AVX512BF16_FLAGS = [*AVX512_FLAGS, "-mavx512bf16"]
+X86_LEVELS = {"sse2": [], "avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS, "avx512bf16": AVX512BF16_FLAGS}
 DEFAULT_CUDA_ARCHS = ["8.0", "9.0", "10.0", "12.0"]
 
 

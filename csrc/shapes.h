@@ -116,8 +116,9 @@ struct FeedForwardFwd {
   const float *b1, *b_gate, *b2;  // [F], [F], [E_out]; null: 0
   void *pre, *pre_gate;           // [rows, F] contiguous; null where they are not wanted
   void* out;                      // [rows, E_out] contiguous
-  float* x_float32;               // [padded_rows, x_stride] scratch: x, with zero rows and columns around it
-  float* hidden;                  // [padded_rows, hidden_stride] scratch
+  // Scratch, of elements as the level multiplies them. What hidden's padding rows hold reaches no output.
+  void* x_operands;  // [padded_rows, x_stride]: x, with zero rows and columns around it
+  void* hidden;      // [padded_rows, hidden_stride]
   int64_t rows, padded_rows, E, F, E_out;
   int64_t x_stride, hidden_stride;
   int64_t first_row;  // of this block in the whole x: dropout counts from there

@@ -1,7 +1,8 @@
 // Feed-forward: act(x w1^T + b1) w2^T + b2 with a gate and dropout, for one block of rows at a time.
 //
-// The block's hidden rows stay in scratch as float32. Threads share both products by columns, so each part
-// of a weight is read, and packed, by one thread only. Two ways to multiply:
+// The block's hidden rows stay in scratch as float32, or as bfloat16 where the machine multiplies that.
+// Threads share both products by columns, so each part of a weight is read, and packed, by one thread only.
+// Two ways to multiply:
 //   packed  panels of weight columns are transposed into L2 and register tiles run over them. Packing costs
 //           what about ten rows cost, so it wants many.
 //   dots    a few rows meet the weights as they lie, one dot product for each element.
@@ -15,16 +16,16 @@
 namespace fastformer::cpu::FASTFORMER_ISA {
 
 constexpr int64_t kFewRows = 32;
-// A group of packed panels is kDepthBlock x kGroupColumns floats: 256 KB, for L2.
+// A group of packed panels is kDepthBlock x kGroupColumns lanes: 256 KB, for L2.
 constexpr int64_t kDepthBlock = 512;
 constexpr int64_t kGroupColumns = 128;
 static_assert(kGroupColumns % kDecisionColumns == 0);
 
 FASTFORMER_INLINE int64_t fewer(int64_t a, int64_t b) { return a < b ? a : b; }
 
-template <int kRows>
-static void packed_tile(const float* a, int64_t lda, int64_t depth, const float* panel, bool first, float* c,
-                        int64_t ldc) {
+template <int kRows, typename Operand>
+static void packed_tile(const Operand* a, int64_t lda, int64_t depth, const Operand* panel, bool first,
+                        float* c, int64_t ldc) {
   Tile<kRows, 2> tile;
   tile.zero();
   tile.multiply_add(depth, a, lda, panel, kPanel);
@@ -35,20 +36,22 @@ static void packed_tile(const float* a, int64_t lda, int64_t depth, const float*
 
 // c[padded_rows, columns] = a[padded_rows, depth] w[columns, depth]^T, columns <= kGroupColumns. c is written
 // up to whole panels. panels: scratch.
-template <typename T>
-static void packed_product(const float* a, int64_t lda, int64_t padded_rows, const T* w, int64_t ldw,
-                           int64_t columns, int64_t depth, float* c, int64_t ldc, float* panels) {
-  const int64_t blocks = (depth + kDepthBlock - 1) / kDepthBlock;
-  const int64_t block_depth = round_up<int64_t>((depth + blocks - 1) / blocks, kLanes);
+template <typename Operand, typename T>
+static void packed_product(const Operand* a, int64_t lda, int64_t padded_rows, const T* w, int64_t ldw,
+                           int64_t columns, int64_t depth, float* c, int64_t ldc, Operand* panels) {
+  constexpr int64_t kMostDepth = kDepthBlock * kPerLane<Operand>;
+  const int64_t blocks = (depth + kMostDepth - 1) / kMostDepth;
+  const int64_t block_depth = round_up<int64_t>((depth + blocks - 1) / blocks, kLanes * kPerLane<Operand>);
   for (int64_t k = 0; k < depth; k += block_depth) {
     const int64_t count = fewer(block_depth, depth - k);
+    const int64_t panel_depth = round_up<int64_t>(count, kPerLane<Operand>);
     for (int64_t j = 0; j < columns; j += kPanel) {
-      pack_panel(w + j * ldw + k, ldw, fewer(kPanel, columns - j), count, nullptr, panels + j * count);
+      pack_panel(w + j * ldw + k, ldw, fewer(kPanel, columns - j), count, nullptr, panels + j * panel_depth);
     }
     for (int64_t row = 0; row < padded_rows; row += kTileRows) {
-      const float* const a_tile = a + row * lda + k;
+      const Operand* const a_tile = a + row * lda + k;
       for (int64_t j = 0; j < columns; j += kPanel) {
-        const float* const panel = panels + j * count;
+        const Operand* const panel = panels + j * panel_depth;
         float* const c_tile = c + row * ldc + j;
         if (padded_rows - row >= kTileRows) {
           packed_tile<kTileRows>(a_tile, lda, count, panel, k == 0, c_tile, ldc);
@@ -66,26 +69,29 @@ static void packed_product(const float* a, int64_t lda, int64_t padded_rows, con
 constexpr int kDots = kLanes == 16 ? 16 : 8;
 
 // c[kRows, kColumns] = a[kRows, depth] w[kColumns, depth]^T. Rows of `a` hold zeros up to whole registers.
-template <int kRows, int kColumns, typename T>
-static void dot_tile(const float* a, int64_t lda, const T* w, int64_t ldw, int64_t depth, float* c,
+template <int kRows, int kColumns, typename Operand, typename T>
+static void dot_tile(const Operand* a, int64_t lda, const T* w, int64_t ldw, int64_t depth, float* c,
                      int64_t ldc) {
+  constexpr int kElements = kLanes * kPerLane<Operand>;
   F32 sums[kRows][kColumns] = {};
   int64_t k = 0;
   const auto add_products = [&](auto load_w) __attribute__((always_inline)) {
     F32 a_k[kRows];
 #pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) a_k[i] = load(a + i * lda + k);
+    for (int i = 0; i < kRows; ++i) a_k[i] = load_operands(Operand{}, a + i * lda + k);
 #pragma GCC unroll 16
     for (int j = 0; j < kColumns; ++j) {
       const F32 w_k = load_w(w + j * ldw + k);
 #pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) sums[i][j] = fma(a_k[i], w_k, sums[i][j]);
+      for (int i = 0; i < kRows; ++i) sums[i][j] = fma_operands(Operand{}, a_k[i], w_k, sums[i][j]);
     }
   };
-  for (; k + kLanes <= depth; k += kLanes) add_products([](const T* p) { return load(p); });
+  for (; k + kElements <= depth; k += kElements) {
+    add_products([](const T* p) { return load_operands(Operand{}, p); });
+  }
   if (k < depth) {
     const int tail = (int)(depth - k);
-    add_products([tail](const T* p) { return load_n(p, tail); });
+    add_products([tail](const T* p) { return load_operands_n(Operand{}, p, tail); });
   }
 #pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i) {
@@ -94,12 +100,12 @@ static void dot_tile(const float* a, int64_t lda, const T* w, int64_t ldw, int64
   }
 }
 
-template <int kRows, typename T>
-static int64_t dot_rows(const float* a, int64_t lda, int64_t row, int64_t rows, const T* w, int64_t ldw,
+template <int kRows, typename Operand, typename T>
+static int64_t dot_rows(const Operand* a, int64_t lda, int64_t row, int64_t rows, const T* w, int64_t ldw,
                         int64_t columns, int64_t depth, float* c, int64_t ldc) {
   constexpr int kColumns = kDots / kRows;
   for (; row + kRows <= rows; row += kRows) {
-    const float* const a_tile = a + row * lda;
+    const Operand* const a_tile = a + row * lda;
     float* const c_tile = c + row * ldc;
     int64_t j = 0;
     for (; j + kColumns <= columns; j += kColumns) {
@@ -111,8 +117,8 @@ static int64_t dot_rows(const float* a, int64_t lda, int64_t row, int64_t rows, 
 }
 
 // c[rows, columns] = a[rows, depth] w[columns, depth]^T
-template <typename T>
-static void dot_product(const float* a, int64_t lda, int64_t rows, const T* w, int64_t ldw, int64_t columns,
+template <typename Operand, typename T>
+static void dot_product(const Operand* a, int64_t lda, int64_t rows, const T* w, int64_t ldw, int64_t columns,
                         int64_t depth, float* c, int64_t ldc) {
   // Few enough columns at a time for their weights to stay in L2 while the rows pass.
   const int64_t step = round_up<int64_t>(1 + 65536 / depth, kDots);
@@ -125,9 +131,9 @@ static void dot_product(const float* a, int64_t lda, int64_t rows, const T* w, i
 }
 
 template <typename T>
-static void product(const FeedForwardFwd& call, const float* a, int64_t lda, const Weight& weight,
-                    int64_t first_column, int64_t columns, int64_t depth, float* c, int64_t ldc,
-                    float* panels) {
+static void product(const FeedForwardFwd& call, const OperandOf<T>* a, int64_t lda, const Weight& weight,
+                    int64_t first_column, int64_t columns, int64_t depth, float* c, OperandOf<T>* panels) {
+  constexpr int64_t ldc = kGroupColumns;
   const T* const w = (const T*)weight.data + first_column * weight.row_stride;
   if (call.rows <= kFewRows) {
     dot_product(a, lda, call.rows, w, weight.row_stride, columns, depth, c, ldc);
@@ -146,18 +152,20 @@ FASTFORMER_INLINE void store_up_to(T* p, F32 x, int n) {
   n == kLanes ? store(p, x) : store_n(p, x, n);
 }
 
-// Bias, activation, gate and dropout on hidden[:, first_column : first_column + columns], which holds the
-// first product. `gate` [rows, kGroupColumns] holds the gate's product where there is one.
+// hidden[:, first_column : first_column + columns] = bias, activation, gate and dropout on the first product,
+// sums[rows, kGroupColumns]. `gate` [rows, kGroupColumns] holds the gate's product where there is one.
 template <typename T, typename Act>
 static void finish_hidden(const FeedForwardFwd& call, int64_t first_column, int64_t columns,
-                          const float* gate) {
+                          const float* sums, const float* gate) {
+  // Beyond F the second product may read whole registers: zeros.
+  const int64_t whole_registers = round_up<int64_t>(columns, kLanes * kPerLane<OperandOf<T>>);
   uint16_t decisions[kDecisionColumns];
   for (int64_t row = 0; row < call.rows; ++row) {
-    float* const hidden = call.hidden + row * call.hidden_stride + first_column;
-    for (int64_t c = 0; c < columns; c += kLanes) {
+    OperandOf<T>* const hidden = (OperandOf<T>*)call.hidden + row * call.hidden_stride + first_column;
+    for (int64_t c = 0; c < whole_registers; c += kLanes) {
       const int64_t column = first_column + c;
-      const int n = (int)fewer(kLanes, call.F - column);
-      F32 x = load(hidden + c);
+      const int n = column < call.F ? (int)fewer(kLanes, call.F - column) : 0;
+      F32 x = load(sums + row * kGroupColumns + c);
       if (call.b1) x += load_up_to(call.b1 + column, n);
       if (call.pre) store_up_to((T*)call.pre + row * call.F + column, x, n);
       if (gate) {
@@ -175,7 +183,6 @@ static void finish_hidden(const FeedForwardFwd& call, int64_t first_column, int6
         const I32 keep = kept(decisions + c % kDecisionColumns, call.dropout.threshold);
         x = select(keep, x * call.dropout.scale, F32{});
       }
-      // Beyond F the second product may read whole registers: zeros.
       if (n < kLanes) x = select(lane_index() < n, x, F32{});
       store(hidden + c, x);
     }
@@ -184,45 +191,43 @@ static void finish_hidden(const FeedForwardFwd& call, int64_t first_column, int6
 
 template <typename T>
 static void finish_hidden(const FeedForwardFwd& call, int64_t first_column, int64_t columns,
-                          const float* gate) {
+                          const float* sums, const float* gate) {
   switch (call.activation) {
     case Activation::kRelu:
-      return finish_hidden<T, Relu>(call, first_column, columns, gate);
+      return finish_hidden<T, Relu>(call, first_column, columns, sums, gate);
     case Activation::kGelu:
-      return finish_hidden<T, Gelu>(call, first_column, columns, gate);
+      return finish_hidden<T, Gelu>(call, first_column, columns, sums, gate);
     case Activation::kGeluTanh:
-      return finish_hidden<T, GeluTanh>(call, first_column, columns, gate);
+      return finish_hidden<T, GeluTanh>(call, first_column, columns, sums, gate);
     case Activation::kSilu:
-      return finish_hidden<T, Silu>(call, first_column, columns, gate);
+      return finish_hidden<T, Silu>(call, first_column, columns, sums, gate);
     case Activation::kRelu2:
-      return finish_hidden<T, Relu2>(call, first_column, columns, gate);
+      return finish_hidden<T, Relu2>(call, first_column, columns, sums, gate);
   }
 }
 
 // Hidden columns [column_begin, column_end) of every row of the block.
 template <typename T>
 static void hidden_columns(const FeedForwardFwd& call, int64_t column_begin, int64_t column_end,
-                           float* panels, float* gate) {
+                           OperandOf<T>* panels, float* sums) {
+  const auto* const x = (const OperandOf<T>*)call.x_operands;
+  float* const gate = call.w_gate.data ? sums + call.padded_rows * kGroupColumns : nullptr;
   for (int64_t j = column_begin; j < column_end; j += kGroupColumns) {
     const int64_t columns = fewer(kGroupColumns, column_end - j);
-    product<T>(call, call.x_float32, call.x_stride, call.w1, j, columns, call.E, call.hidden + j,
-               call.hidden_stride, panels);
-    if (call.w_gate.data) {
-      product<T>(call, call.x_float32, call.x_stride, call.w_gate, j, columns, call.E, gate, kGroupColumns,
-                 panels);
-    }
-    finish_hidden<T>(call, j, columns, call.w_gate.data ? gate : nullptr);
+    product<T>(call, x, call.x_stride, call.w1, j, columns, call.E, sums, panels);
+    if (gate) product<T>(call, x, call.x_stride, call.w_gate, j, columns, call.E, gate, panels);
+    finish_hidden<T>(call, j, columns, sums, gate);
   }
 }
 
 // Output columns [column_begin, column_end) of every row of the block.
 template <typename T>
 static void output_columns(const FeedForwardFwd& call, int64_t column_begin, int64_t column_end,
-                           float* panels, float* sums) {
+                           OperandOf<T>* panels, float* sums) {
+  const auto* const hidden = (const OperandOf<T>*)call.hidden;
   for (int64_t j = column_begin; j < column_end; j += kGroupColumns) {
     const int64_t columns = fewer(kGroupColumns, column_end - j);
-    product<T>(call, call.hidden, call.hidden_stride, call.w2, j, columns, call.F, sums, kGroupColumns,
-               panels);
+    product<T>(call, hidden, call.hidden_stride, call.w2, j, columns, call.F, sums, panels);
     for (int64_t row = 0; row < call.rows; ++row) {
       T* const out = (T*)call.out + row * call.E_out + j;
       for (int64_t c = 0; c < columns; c += kLanes) {
@@ -246,17 +251,25 @@ FASTFORMER_INLINE void with_type(DType dtype, Fn fn) {
   }
 }
 
-// Rows [row_begin, row_end) of x into x_float32; the last rows bring the padding.
-static void feed_forward_widen(const FeedForwardFwd& call, int64_t row_begin, int64_t row_end) {
+// The size of an element of x_operands and hidden.
+static int64_t feed_forward_operand_size(DType dtype) {
+  int64_t size = 0;
+  with_type(dtype, [&](auto type) { size = sizeof(OperandOf<decltype(type)>); });
+  return size;
+}
+
+// Rows [row_begin, row_end) of x into x_operands; the last rows bring the padding.
+static void feed_forward_pack(const FeedForwardFwd& call, int64_t row_begin, int64_t row_end) {
   with_type(call.dtype, [&](auto type) {
-    const auto* const x = (const decltype(type)*)call.x + row_begin * call.x_row_stride;
-    pack_rows(x, call.x_row_stride, row_end - row_begin, call.E, nullptr, 1.0f,
-              call.x_float32 + row_begin * call.x_stride, call.x_stride);
+    using T = decltype(type);
+    auto* const operands = (OperandOf<T>*)call.x_operands;
+    pack_rows((const T*)call.x + row_begin * call.x_row_stride, call.x_row_stride, row_end - row_begin,
+              call.E, nullptr, 1.0f, operands + row_begin * call.x_stride, call.x_stride);
+    if (row_end == call.rows) {
+      const int64_t padding = (call.padded_rows - call.rows) * call.x_stride;
+      __builtin_memset(operands + call.rows * call.x_stride, 0, padding * sizeof(OperandOf<T>));
+    }
   });
-  if (row_end == call.rows) {
-    const int64_t padding = call.padded_rows - call.rows;
-    __builtin_memset(call.x_float32 + call.rows * call.x_stride, 0, padding * call.x_stride * sizeof(float));
-  }
 }
 
 FASTFORMER_INLINE int64_t panel_floats(const FeedForwardFwd& call) {
@@ -266,11 +279,12 @@ FASTFORMER_INLINE int64_t panel_floats(const FeedForwardFwd& call) {
 // Both: the worker's share of columns; false when there is no memory for scratch.
 static bool feed_forward_hidden(const FeedForwardFwd& call, int64_t column_begin, int64_t column_end) {
   const FlushDenormals flush;
-  const Scratch scratch(panel_floats(call) + call.padded_rows * kGroupColumns);
+  const Scratch scratch(panel_floats(call) + (call.w_gate.data ? 2 : 1) * call.padded_rows * kGroupColumns);
   if (!scratch.data()) return false;
   float* const panels = scratch.data();
   with_type(call.dtype, [&](auto type) {
-    hidden_columns<decltype(type)>(call, column_begin, column_end, panels, panels + panel_floats(call));
+    using T = decltype(type);
+    hidden_columns<T>(call, column_begin, column_end, (OperandOf<T>*)panels, panels + panel_floats(call));
   });
   return true;
 }
@@ -281,7 +295,8 @@ static bool feed_forward_output(const FeedForwardFwd& call, int64_t column_begin
   if (!scratch.data()) return false;
   float* const panels = scratch.data();
   with_type(call.dtype, [&](auto type) {
-    output_columns<decltype(type)>(call, column_begin, column_end, panels, panels + panel_floats(call));
+    using T = decltype(type);
+    output_columns<T>(call, column_begin, column_end, (OperandOf<T>*)panels, panels + panel_floats(call));
   });
   return true;
 }

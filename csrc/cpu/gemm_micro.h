@@ -1,9 +1,13 @@
 // Register-tiled matrix products, and the packing that feeds them: the inner loops of attention and
 // feed-forward.
 //
-// A tile holds kRows x kVectors accumulators. A is read one broadcast float at a time, row-major; B one
+// A tile holds kRows x kVectors accumulators. A is read one broadcast lane at a time, row-major; B one
 // row of kVectors registers at a time. Twelve rows of two AVX-512 registers, or six of two narrower
 // ones, leave registers for B and the broadcast and keep both FMA ports busy.
+//
+// A lane of A and of B holds one float, or two neighbours in depth where the machine multiplies bfloat16 by
+// pairs (vdpbf16ps); accumulators are float either way. Depths and strides count elements: an odd depth ends
+// in a pair whose second element is zero.
 #pragma once
 
 #include "vec.h"
@@ -20,6 +24,56 @@ template <typename T>
 FASTFORMER_INLINE T round_up(T x, T multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
+
+// What the elements of a matrix of T are multiplied as.
+template <typename T>
+struct OperandType {
+  using Type = float;
+};
+
+template <typename Operand>
+static constexpr int kPerLane = sizeof(float) / sizeof(Operand);
+
+// Registers of operands pass as F32, whatever their lanes hold. n counts elements.
+
+template <typename T>
+FASTFORMER_INLINE F32 load_operands(float, const T* p) {
+  return load(p);
+}
+
+template <typename T>
+FASTFORMER_INLINE F32 load_operands_n(float, const T* p, int n) {
+  return load_n(p, n);
+}
+
+FASTFORMER_INLINE F32 splat_operand(const float* p) { return splat(*p); }
+FASTFORMER_INLINE F32 fma_operands(float, F32 a, F32 b, F32 c) { return fma(a, b, c); }
+
+#if defined(__AVX512BF16__)
+template <>
+struct OperandType<BFloat16> {
+  using Type = BFloat16;
+};
+
+FASTFORMER_INLINE F32 load_operands(BFloat16, const BFloat16* p) { return (F32)_mm512_loadu_si512(p); }
+
+FASTFORMER_INLINE F32 load_operands_n(BFloat16, const BFloat16* p, int n) {
+  return (F32)_mm512_maskz_loadu_epi16((__mmask32)((uint64_t{1} << n) - 1), p);
+}
+
+FASTFORMER_INLINE F32 splat_operand(const BFloat16* p) {
+  uint32_t pair;
+  __builtin_memcpy(&pair, p, sizeof pair);
+  return (F32)splat(pair);
+}
+
+FASTFORMER_INLINE F32 fma_operands(BFloat16, F32 a, F32 b, F32 c) {
+  return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
+template <typename T>
+using OperandOf = typename OperandType<T>::Type;
 
 template <int kRows, int kVectors>
 struct Tile {
@@ -60,26 +114,29 @@ struct Tile {
   }
 
   // acc += a[kRows, depth] b[depth, kVectors * kLanes], in order of depth.
-  __attribute__((always_inline)) void multiply_add(int64_t depth, const float* a, int64_t lda, const float* b,
-                                                   int64_t ldb) {
+  template <typename Operand>
+  __attribute__((always_inline)) void multiply_add(int64_t depth, const Operand* a, int64_t lda,
+                                                   const Operand* b, int64_t ldb) {
     // One pointer for three rows: a row's address is then base, base + lda or base + 2 lda.
     constexpr int kGroups = (kRows + 2) / 3;
-    const float* group[kGroups];
+    const Operand* group[kGroups];
 #pragma GCC unroll 4
     for (int g = 0; g < kGroups; ++g) group[g] = a + 3 * g * lda;
-    for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t k = 0; k < depth; k += kPerLane<Operand>) {
       F32 row_b[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) row_b[v] = load(b + v * kLanes);
+      for (int v = 0; v < kVectors; ++v) {
+        row_b[v] = load_operands(Operand{}, b + v * kLanes * kPerLane<Operand>);
+      }
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
-        const F32 a_ik = splat(group[i / 3][i % 3 * lda]);
+        const F32 a_ik = splat_operand(group[i / 3] + i % 3 * lda);
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) acc[i][v] = fma(a_ik, row_b[v], acc[i][v]);
+        for (int v = 0; v < kVectors; ++v) acc[i][v] = fma_operands(Operand{}, a_ik, row_b[v], acc[i][v]);
       }
 #pragma GCC unroll 4
-      for (int g = 0; g < kGroups; ++g) ++group[g];
-      b += ldb;
+      for (int g = 0; g < kGroups; ++g) group[g] += kPerLane<Operand>;
+      b += kPerLane<Operand> * ldb;
     }
   }
 };
@@ -116,13 +173,15 @@ FASTFORMER_INLINE void transpose_steps(F32 (&rows)[kLanes]) {
 FASTFORMER_INLINE void transpose(F32 (&rows)[kLanes]) { transpose_steps<kLanes / 2>(rows); }
 
 // panel[depth, kPanel] = the transpose of rows[n_rows, depth], n_rows <= kPanel, with zeros for rows that
-// are missing or for which `real` (may be null) holds 0: those are never read.
-template <typename T>
+// are missing or for which `real` (may be null) holds 0: those are never read. Pairs stay together:
+// [depth / 2, kPanel, 2], an odd depth rounded up.
+template <typename T, typename Operand>
 static void pack_panel(const T* rows, int64_t stride, int64_t n_rows, int64_t depth, const uint8_t* real,
-                       float* panel) {
+                       Operand* panel) {
+  constexpr int kElements = kLanes * kPerLane<Operand>;
   for (int64_t first = 0; first < kPanel; first += kLanes) {
-    for (int64_t k = 0; k < depth; k += kLanes) {
-      const int width = depth - k < kLanes ? (int)(depth - k) : kLanes;
+    for (int64_t k = 0; k < depth; k += kElements) {
+      const int width = depth - k < kElements ? (int)(depth - k) : kElements;
       F32 block[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
@@ -131,30 +190,32 @@ static void pack_panel(const T* rows, int64_t stride, int64_t n_rows, int64_t de
         if (row >= n_rows || (real && !real[row])) {
           block[i] = F32{};
         } else {
-          block[i] = width == kLanes ? load(source) : load_n(source, width);
+          block[i] = width == kElements ? load_operands(Operand{}, source)
+                                        : load_operands_n(Operand{}, source, width);
         }
       }
       transpose(block);
-      float* target = panel + k * kPanel + first;
-      if (width == kLanes) {
+      const int lanes = (width + kPerLane<Operand> - 1) / kPerLane<Operand>;
+      float* target = (float*)(panel + k * kPanel) + first;
+      if (lanes == kLanes) {
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) store(target + i * kPanel, block[i]);
       } else {
-        for (int i = 0; i < width; ++i) store(target + i * kPanel, block[i]);
+        for (int i = 0; i < lanes; ++i) store(target + i * kPanel, block[i]);
       }
     }
   }
 }
 
-// packed[n_rows, ldp] = factor * rows[n_rows, width], widened, with zeros from width to ldp (a multiple of
+// packed[n_rows, ldp] = factor * rows[n_rows, width], as Operand, with zeros from width to ldp (a multiple of
 // kLanes) and in rows for which `real` (may be null) holds 0: those are never read.
-template <typename T>
+template <typename T, typename Operand>
 static void pack_rows(const T* rows, int64_t stride, int64_t n_rows, int64_t width, const uint8_t* real,
-                      float factor, float* packed, int64_t ldp) {
+                      float factor, Operand* packed, int64_t ldp) {
   const F32 factors = splat(factor);
   for (int64_t row = 0; row < n_rows; ++row) {
     const T* source = rows + row * stride;
-    float* target = packed + row * ldp;
+    Operand* target = packed + row * ldp;
     const bool skip = real && !real[row];
     for (int64_t k = 0; k < ldp; k += kLanes) {
       F32 x{};

@@ -18,7 +18,8 @@ const Kernels FASTFORMER_KERNELS_OF(FASTFORMER_ISA) = {
     .norm_fwd = &FASTFORMER_ISA::norm_fwd,
     .norm_bwd = &FASTFORMER_ISA::norm_bwd,
     .attention_fwd = &FASTFORMER_ISA::attention_fwd,
-    .feed_forward_widen = &FASTFORMER_ISA::feed_forward_widen,
+    .feed_forward_operand_size = &FASTFORMER_ISA::feed_forward_operand_size,
+    .feed_forward_pack = &FASTFORMER_ISA::feed_forward_pack,
     .feed_forward_hidden = &FASTFORMER_ISA::feed_forward_hidden,
     .feed_forward_output = &FASTFORMER_ISA::feed_forward_output,
 };

@@ -5,14 +5,22 @@
 namespace fastformer::cpu {
 namespace {
 
+#if defined(FASTFORMER_HAVE_AVX512) || defined(FASTFORMER_HAVE_AVX512BF16)
+bool runs_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
 // Null where the build left the level out or the machine lacks it.
 const Kernels* level_named(const char* name) {
-#if defined(FASTFORMER_HAVE_AVX512)
-  if (std::strcmp(name, "avx512") == 0) {
-    const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    return runs ? &kernels_avx512 : nullptr;
+#if defined(FASTFORMER_HAVE_AVX512BF16)
+  if (std::strcmp(name, "avx512bf16") == 0) {
+    return runs_avx512() && __builtin_cpu_supports("avx512bf16") ? &kernels_avx512bf16 : nullptr;
   }
+#endif
+#if defined(FASTFORMER_HAVE_AVX512)
+  if (std::strcmp(name, "avx512") == 0) return runs_avx512() ? &kernels_avx512 : nullptr;
 #endif
 #if defined(FASTFORMER_HAVE_AVX2)
   if (std::strcmp(name, "avx2") == 0) {
@@ -31,7 +39,7 @@ const Kernels* level_named(const char* name) {
 }
 
 const Kernels* best_level() {
-  const char* const best_first[] = {"avx512", "avx2", "sse2", "baseline"};
+  const char* const best_first[] = {"avx512bf16", "avx512", "avx2", "sse2", "baseline"};
   for (const char* name : best_first) {
     if (const Kernels* level = level_named(name)) return level;
   }

@@ -12,8 +12,8 @@
 namespace fastformer::cpu {
 namespace {
 
-// The hidden rows of one block: 12 MB of float32, which last-level caches hold.
-constexpr int64_t kHiddenFloats = int64_t{3} << 20;
+// The hidden rows of one block: 12 MB, which last-level caches hold.
+constexpr int64_t kHiddenBytes = int64_t{12} << 20;
 constexpr int64_t kLeastBlockRows = 192, kMostBlockRows = 1536;
 // A multiple of every level's row step.
 constexpr int64_t kRowStep = 4;
@@ -85,7 +85,7 @@ void over_columns(int64_t columns, int64_t products, Kernel kernel) {
 void run_block(const FeedForwardFwd& call) {
   const int64_t row_grain = std::max<int64_t>(1, kElementsPerThread / call.E);
   torch::stable::parallel_for(0, call.rows, row_grain, [&](int64_t begin, int64_t end) {
-    kernels().feed_forward_widen(call, begin, end);
+    kernels().feed_forward_pack(call, begin, end);
   });
   const int64_t products = call.rows * call.E * (call.w_gate.data ? 2 : 1);
   over_columns(call.F, products,
@@ -101,18 +101,21 @@ void* advance(void* data, int64_t elements, DType dtype) {
 // Block by block; `call` describes all rows.
 void run(const FeedForwardFwd& call) {
   const int64_t rows = call.rows;
-  const int64_t most = std::clamp(kHiddenFloats / call.F, kLeastBlockRows, kMostBlockRows);
+  const int64_t operand_size = kernels().feed_forward_operand_size(call.dtype);
+  const int64_t line = 64 / operand_size;
+  const int64_t most = std::clamp(kHiddenBytes / (call.F * operand_size), kLeastBlockRows, kMostBlockRows);
   const int64_t block_rows =
       round_up(ceil_divide(rows, std::max<int64_t>(1, ceil_divide(rows, most))), kRowStep);
   FeedForwardFwd block = call;
-  // Rows of x and of the hidden block stand 64 bytes off a power of two, or a tile's rows would share a cache
-  // set.
-  block.x_stride = round_up(call.E, 16) + 16;
-  block.hidden_stride = round_up(call.F, kColumnStep) + 16;
-  const int64_t x_floats = round_up(block_rows * block.x_stride, 16);
-  const Tensor scratch = empty({x_floats + block_rows * block.hidden_stride}, DType::kFloat32);
-  block.x_float32 = static_cast<float*>(scratch.mutable_data_ptr());
-  block.hidden = block.x_float32 + x_floats;
+  // Rows of x and of the hidden block stand a cache line off a power of two, or a tile's rows would share a
+  // cache set.
+  block.x_stride = round_up(call.E, line) + line;
+  block.hidden_stride = round_up(call.F, kColumnStep) + line;
+  const int64_t x_bytes = block_rows * block.x_stride * operand_size;
+  const int64_t hidden_bytes = block_rows * block.hidden_stride * operand_size;
+  const Tensor scratch = empty({(x_bytes + hidden_bytes) / size_of(DType::kFloat32)}, DType::kFloat32);
+  block.x_operands = scratch.mutable_data_ptr();
+  block.hidden = static_cast<char*>(block.x_operands) + x_bytes;
   for (int64_t row = 0; row < rows; row += block_rows) {
     block.first_row = row;
     block.rows = std::min(block_rows, rows - row);

@@ -1,8 +1,8 @@
 // One SIMD register of float32 and what kernels do with it, written once for every ISA level.
 //
-// The build compiles kernels.cpp once per level with -DFASTFORMER_ISA=avx512|avx2|sse2|baseline and the
-// matching -m flags. Everything lives in a namespace of that name, is static, and uses no STL template:
-// otherwise the linker could merge an AVX-512 copy of a shared inline function into the baseline.
+// The build compiles kernels.cpp once per level with -DFASTFORMER_ISA=avx512bf16|avx512|avx2|sse2|baseline
+// and the matching -m flags. Everything lives in a namespace of that name, is static, and uses no STL
+// template: otherwise the linker could merge an AVX-512 copy of a shared inline function into the baseline.
 //
 // Arithmetic is compiled with -ffp-contract=off: a * b + c rounds twice, fma(a, b, c) once (where the
 // level has FMA).
@@ -19,7 +19,7 @@
 #include "../shapes.h"
 
 #if !defined(FASTFORMER_ISA)
-#error "compile with -DFASTFORMER_ISA=avx512|avx2|sse2|baseline"
+#error "compile with -DFASTFORMER_ISA=avx512bf16|avx512|avx2|sse2|baseline"
 #endif
 
 #define FASTFORMER_INLINE static inline __attribute__((always_inline))

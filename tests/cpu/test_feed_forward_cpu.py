@@ -21,6 +21,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = (*plain.ACTIVATIONS, *plain.GATED_ACTIVATIONS)
 # Up to 32 rows the kernels take dot products, beyond they pack panels.
 ROWS = (1, 2, 3, 7, 32, 33, 34, 47, 100)
+# avx512bf16 multiplies bfloat16 two at a time, the other levels multiply float32.
+OPERANDS = (torch.float32, torch.bfloat16)
 
 
 @pytest.fixture(params=_C.build_info()["isa_levels"], autouse=True)
@@ -62,23 +64,27 @@ def test_activations(activation, dtype):
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("bias", (True, False))
-def test_rows(rows, bias):
-    check(feed_forward_inputs(rows, E=64, F=128, bias=bias))
+@pytest.mark.parametrize("dtype", OPERANDS, ids=str)
+def test_rows(rows, bias, dtype):
+    check(feed_forward_inputs(rows, E=64, F=128, bias=bias, dtype=dtype))
 
 
 @pytest.mark.parametrize(
-    ("E", "F", "E_out"), [(1, 1, 1), (3, 5, 2), (17, 33, 31), (520, 130, 129), (48, 1030, 16)]
+    ("E", "F", "E_out"),
+    [(1, 1, 1), (3, 5, 2), (17, 33, 31), (520, 130, 129), (48, 1030, 16), (31, 2083, 9), (1061, 47, 130)],
 )
-def test_widths(E, F, E_out):
+@pytest.mark.parametrize("dtype", OPERANDS, ids=str)
+def test_widths(E, F, E_out, dtype):
     for rows in (2, 40):
-        check(feed_forward_inputs(rows, E=E, F=F, E_out=E_out), "gelu_tanh")
-        check(feed_forward_inputs(rows, E=E, F=F, E_out=E_out, gated=True), "swiglu")
+        check(feed_forward_inputs(rows, E=E, F=F, E_out=E_out, dtype=dtype), "gelu_tanh")
+        check(feed_forward_inputs(rows, E=E, F=F, E_out=E_out, gated=True, dtype=dtype), "swiglu")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout):
-    check(feed_forward_inputs(3, 20, E=24, F=40, gated=True, layout=layout), "geglu")
-    check(feed_forward_inputs(4, E=24, F=40, layout=layout))
+@pytest.mark.parametrize("dtype", OPERANDS, ids=str)
+def test_layouts(layout, dtype):
+    check(feed_forward_inputs(3, 20, E=24, F=40, gated=True, layout=layout, dtype=dtype), "geglu")
+    check(feed_forward_inputs(4, E=24, F=40, layout=layout, dtype=dtype))
 
 
 def test_leading_dimensions():
@@ -89,9 +95,10 @@ def test_leading_dimensions():
     assert run(feed_forward_inputs(0, 5, E=24, F=40))[0].shape == (0, 5, 24)
 
 
-def test_many_blocks_of_rows():
+@pytest.mark.parametrize("dtype", OPERANDS, ids=str)
+def test_many_blocks_of_rows(dtype):
     # 1536 rows are the largest block.
-    inputs = feed_forward_inputs(1601, E=8, F=40)
+    inputs = feed_forward_inputs(1601, E=8, F=40, dtype=dtype)
     check(inputs)
     keep = feed_forward_keep(1601, 40, 7, 0.25)
     expected = plain.feed_forward(**in_float64(inputs), keep=keep, keep_scale=keep_scale(0.25))
@@ -101,8 +108,9 @@ def test_many_blocks_of_rows():
 
 @pytest.mark.parametrize("p", (0.1, 0.5, 1.0))
 @pytest.mark.parametrize("rows", (3, 37))
-def test_dropout(rows, p):
-    inputs = feed_forward_inputs(rows, E=24, F=300, gated=True)
+@pytest.mark.parametrize("dtype", OPERANDS, ids=str)
+def test_dropout(rows, p, dtype):
+    inputs = feed_forward_inputs(rows, E=24, F=300, gated=True, dtype=dtype)
     keep, seed = feed_forward_keep(rows, 300, -5, p), -5
     dropped = {"activation": "reglu", "keep": keep, "keep_scale": keep_scale(p)}
     expected = plain.feed_forward(**in_float64(inputs), **dropped)
@@ -145,8 +153,9 @@ def test_activation_of_every_size(activation):
 
 
 @pytest.mark.parametrize("rows", (4, 50))
-def test_nan_stays_in_its_row(rows):
-    inputs = feed_forward_inputs(rows, E=40, F=70)
+@pytest.mark.parametrize("dtype", OPERANDS, ids=str)
+def test_nan_stays_in_its_row(rows, dtype):
+    inputs = feed_forward_inputs(rows, E=41, F=75, dtype=dtype)
     clean = run(inputs)[0]
     inputs["x"][2, 5] = torch.nan
     out = run(inputs)[0]
@@ -155,8 +164,9 @@ def test_nan_stays_in_its_row(rows):
 
 
 @pytest.mark.parametrize("rows", (3, 70))
-def test_bits_do_not_depend_on_threads(rows):
-    inputs = feed_forward_inputs(rows, E=600, F=1100, E_out=260)
+@pytest.mark.parametrize("dtype", OPERANDS, ids=str)
+def test_bits_do_not_depend_on_threads(rows, dtype):
+    inputs = feed_forward_inputs(rows, E=600, F=1101, E_out=260, dtype=dtype)
     results = []
     for count in (1, 2, 5):
         torch.set_num_threads(count)
