@@ -23,7 +23,7 @@ CASES = {
 ROWS = 100_000
 # Bytes a thread. ptxas (of Triton 3.9) stops short of the registers it may take, 255, in a few tiles:
 #   rows that are not aligned: forward 16 and 256 columns, float16 rms (sm_120: 32 bytes) and 32 columns,
-#   float32 dropout (sm_86: 8); backward 8 to 64 columns and 1024 (sm_86, sm_120: 8)
+#   float32 dropout (sm_86, 89: 8); backward 8 to 64 columns and 1024 (sm_86, 89, 120: 8)
 #   aligned rows: forward 8 columns, float32 dropout (sm_100: 16)
 # Every other tile spills nothing, and halving the forward tiles makes sm_90 spill.
 MOST_SPILLED = 32
