@@ -333,7 +333,10 @@ def norm(
     if residual is not None:
         s = residual.to(s.dtype) + s
     s = s.to(dtype)
-    return _norm_of(spec, s.to(_compute_dtype(dtype)), weight, bias).to(dtype), s
+    # A view: autograd then adds up the norm's gradients, which cancel where a row is nearly constant, before
+    # the sum's own gradient comes in.
+    normed = _norm_of(spec, s.view_as(s).to(_compute_dtype(dtype)), weight, bias)
+    return normed.to(dtype), s
 
 
 def _norm_of(spec: NormSpec, s: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
