@@ -64,19 +64,34 @@ struct NormBwd {
   Dropout dropout;
 };
 
-// [batch, head, row, column] with contiguous columns; strides count elements.
+// [batch, head, row, column] with contiguous columns; strides count elements. Packed sequences follow each
+// other in rows: stride_b is 0, and sequence b begins at row cu_seqlens[b].
 struct HeadRows {
-  const void* data;
+  void* data;
   int64_t stride_b, stride_h, stride_row;
+};
+
+// Statistics of query rows: float32 [B, H, M], packed [H, total], contiguous.
+struct RowStats {
+  float* data;
+  int64_t stride_b, stride_h;
+};
+
+// A tensor that broadcasts to [B, H, M, N]; strides are 0 where it is broadcast.
+struct ScoreMatrix {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t stride_b = 0, stride_h = 0, stride_m = 0, stride_n = 0;
 };
 
 // A side of the window that nothing bounds: far below 2^63, so that sums of positions cannot overflow.
 constexpr int64_t kOpenSide = int64_t{1} << 60;
 
-// Which keys a query may see. Key j lies in query i's window iff -left <= j - i - offset <= right. Each
-// pointer may be null.
+// Which keys a query may see. Key j lies in query i's window iff -left <= j - i - offset <= right, with
+// offset N - M where `lower_right` and 0 elsewhere. Each pointer may be null.
 struct KeyMasks {
-  int64_t left = kOpenSide, right = kOpenSide, offset = 0;
+  int64_t left = kOpenSide, right = kOpenSide;
+  bool lower_right = false;
   const uint8_t* mask = nullptr;  // [B, H, M, N], 1 = may attend; strides are 0 where it is broadcast
   int64_t mask_stride_b = 0, mask_stride_h = 0, mask_stride_m = 0, mask_stride_n = 0;
   const uint8_t* key_padding = nullptr;  // [B, N], 1 = real token
@@ -84,17 +99,33 @@ struct KeyMasks {
   const int64_t* key_lengths = nullptr;  // [B], contiguous
 };
 
-// out = softmax(scale query key^T) value over the visible keys, head by head.
-struct AttentionFwd {
+// What every pass over the scores of a call knows of it:
+//   score_ij = softcap(scale q_i . k_j) + bias_ij + relative_bias[j - i + M - 1], -inf where masked
+struct Attention {
   HeadRows query;  // [B, H, M, D]
   HeadRows key;    // [B, H_kv, N, D]
   HeadRows value;  // [B, H_kv, N, D_v]
-  void* out;       // [B, H, M, D_v] contiguous
-  float* lse;      // [B, H, M] contiguous, natural log
   int64_t B, H, H_kv, M, N, D, D_v;
+  // Of packed sequences, [B + 1] each, and then M and N are those of the longest; null elsewhere.
+  const int32_t* cu_seqlens_q = nullptr;
+  const int32_t* cu_seqlens_k = nullptr;
   KeyMasks masks;
+  ScoreMatrix bias;                      // data null: none
+  const float* relative_bias = nullptr;  // [H or 1, M + N - 1]
+  int64_t relative_bias_stride_h = 0;
+  const float* sink = nullptr;  // [H]
   float scale;
-  DType dtype;
+  float softcap = 0.0f;  // 0: none
+  Dropout dropout;
+  DType dtype;  // of query, key, value, out and their gradients
+};
+
+// out = dropout(softmax(score)) value, head by head, and lse = log sum exp score, whose float32 rounding
+// lse_rest makes up for.
+struct AttentionFwd {
+  Attention attention;
+  HeadRows out;  // [B, H, M, D_v]
+  RowStats lse, lse_rest;
   // A work item is (b * H + h) * chunks + chunk: chunk_rows queries of one head.
   int64_t chunk_rows, chunks;
 };

@@ -18,6 +18,7 @@
 
 #include "gemm_micro.h"
 #include "visibility.h"
+#include "work_queue.h"
 
 namespace fastformer::cpu::FASTFORMER_ISA {
 
@@ -27,7 +28,7 @@ constexpr int64_t kScoreStride = kMaxKeyBlock + 16;
 // Longer sums are made of shorter ones: one chain of 512 roundings would lose against torch's blocks.
 constexpr int64_t kMaxDepth = 128;
 
-FASTFORMER_INLINE int64_t key_block_of(const AttentionFwd& call) {
+FASTFORMER_INLINE int64_t key_block_of(const Attention& call) {
   return call.D + call.D_v <= 256 ? kMaxKeyBlock : kMaxKeyBlock / 2;
 }
 
@@ -45,9 +46,10 @@ struct AttentionBuffers {
   uint8_t* is_real;  // [key_block]
 
   // With memory null: only counts. Returns the floats needed.
-  int64_t carve(const AttentionFwd& call, float* memory) {
+  int64_t carve(const AttentionFwd& fwd, float* memory) {
+    const Attention& call = fwd.attention;
     const int64_t key_block = key_block_of(call);
-    const int64_t rows = round_up<int64_t>(call.chunk_rows, kTileRows);
+    const int64_t rows = round_up<int64_t>(fwd.chunk_rows, kTileRows);
     ldq = round_up<int64_t>(call.D, kLanes) + 16;
     ldo = round_up<int64_t>(call.D_v, kLanes);
     int64_t used = 0;
@@ -160,7 +162,7 @@ FASTFORMER_INLINE void accumulate_output(const AttentionBuffers& buffers, const 
 // One tile of kRows queries against one block of keys; `row` counts in the chunk, `i` in the head. Rows
 // from M on are padding: they are multiplied along and never read.
 template <int kRows>
-static void attend_tile(const AttentionFwd& call, const Visibility& visibility, const KeyBlock& block,
+static void attend_tile(const Attention& call, const Visibility& visibility, const KeyBlock& block,
                         const AttentionBuffers& buffers, int64_t row, int64_t i) {
   const int64_t rows = smaller(kRows, call.M - i);
   const KeyRange seen = visibility.keys_of_rows(i, rows);
@@ -196,7 +198,7 @@ static void attend_tile(const AttentionFwd& call, const Visibility& visibility, 
 
 // Packs keys [first, first + count) and their values. False where no query sees any of them.
 template <typename T>
-static bool pack_keys(const AttentionFwd& call, const Visibility& visibility, const T* key, const T* value,
+static bool pack_keys(const Attention& call, const Visibility& visibility, const T* key, const T* value,
                       const AttentionBuffers& buffers, KeyBlock& block, int64_t rows) {
   const int64_t real = visibility.real_keys(block.first, block.count, buffers.is_real);
   if (real == 0) return false;
@@ -225,8 +227,8 @@ static bool pack_keys(const AttentionFwd& call, const Visibility& visibility, co
 }
 
 template <typename T>
-static void write_rows(const AttentionFwd& call, const AttentionBuffers& buffers, int64_t rows, T* out,
-                       float* lse) {
+static void write_rows(const Attention& call, const AttentionBuffers& buffers, int64_t rows, T* out,
+                       float* lse, float* lse_rest) {
   constexpr double kLn2 = 0.693147180559945309417;
   for (int64_t row = 0; row < rows; ++row) {
     const float sum = buffers.row_sum[row];
@@ -239,13 +241,15 @@ static void write_rows(const AttentionFwd& call, const AttentionBuffers& buffers
     if (d < call.D_v) store_n(target + d, load(source + d) * factor, (int)(call.D_v - d));
     lse[row] =
         sees_nothing ? kMinusInfinity : (float)(kLn2 * buffers.row_max[row] + __builtin_log((double)sum));
+    lse_rest[row] = 0.0f;
   }
 }
 
 // Queries [i, i + rows) of head (b, h).
 template <typename T>
-static void attend_chunk(const AttentionFwd& call, int64_t b, int64_t h, int64_t i, int64_t rows,
+static void attend_chunk(const AttentionFwd& fwd, int64_t b, int64_t h, int64_t i, int64_t rows,
                          const AttentionBuffers& buffers) {
+  const Attention& call = fwd.attention;
   const int64_t h_kv = h / (call.H / call.H_kv);
   const T* const query = (const T*)call.query.data + b * call.query.stride_b + h * call.query.stride_h;
   const T* const key = (const T*)call.key.data + b * call.key.stride_b + h_kv * call.key.stride_h;
@@ -261,7 +265,7 @@ static void attend_chunk(const AttentionFwd& call, int64_t b, int64_t h, int64_t
     buffers.row_sum[row] = 0.0f;
   }
 
-  const Visibility visibility(call.masks, b, h, call.N);
+  const Visibility visibility(call.masks, b, h, call.M, call.N);
   const KeyRange seen = visibility.keys_of_rows(i, rows);
   const int64_t key_block = key_block_of(call);
   for (int64_t first = larger(0, seen.begin) / key_block * key_block; first < seen.end; first += key_block) {
@@ -277,31 +281,22 @@ static void attend_chunk(const AttentionFwd& call, int64_t b, int64_t h, int64_t
   }
 
   const int64_t first_row = (b * call.H + h) * call.M + i;
-  write_rows(call, buffers, rows, (T*)call.out + first_row * call.D_v, call.lse + first_row);
+  write_rows(call, buffers, rows, (T*)fwd.out.data + first_row * call.D_v, fwd.lse.data + first_row,
+             fwd.lse_rest.data + first_row);
 }
 
-// False when there is no memory for scratch.
-static bool attention_fwd(const AttentionFwd& call, int64_t item_begin, int64_t item_end) {
+static void attention_fwd(const AttentionFwd& fwd, WorkQueue& queue) {
   const FlushDenormals flush;
+  const Attention& call = fwd.attention;
   AttentionBuffers buffers;
-  const Scratch scratch(buffers.carve(call, nullptr));
-  if (!scratch.data()) return false;
-  buffers.carve(call, scratch.data());
-  for (int64_t item = item_begin; item < item_end; ++item) {
-    const int64_t head = item / call.chunks, place = item % call.chunks;
-    // From both ends in turn: causal chunks grow with their position, and neighbours go to one thread.
-    const int64_t chunk = place % 2 == 0 ? place / 2 : call.chunks - 1 - place / 2;
-    const int64_t i = chunk * call.chunk_rows, rows = smaller(call.chunk_rows, call.M - i);
+  const Scratch scratch(buffers.carve(fwd, nullptr));
+  buffers.carve(fwd, scratch.data());
+  for (int64_t item = take(queue); item < queue.count; item = take(queue)) {
+    const int64_t head = item / fwd.chunks;
+    const int64_t i = item % fwd.chunks * fwd.chunk_rows, rows = smaller(fwd.chunk_rows, call.M - i);
     const int64_t b = head / call.H, h = head % call.H;
-    if (call.dtype == DType::kFloat32) {
-      attend_chunk<float>(call, b, h, i, rows, buffers);
-    } else if (call.dtype == DType::kBFloat16) {
-      attend_chunk<BFloat16>(call, b, h, i, rows, buffers);
-    } else {
-      attend_chunk<Float16>(call, b, h, i, rows, buffers);
-    }
+    with_type(call.dtype, [&](auto type) { attend_chunk<decltype(type)>(fwd, b, h, i, rows, buffers); });
   }
-  return true;
 }
 
 }  // namespace fastformer::cpu::FASTFORMER_ISA

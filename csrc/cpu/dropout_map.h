@@ -9,9 +9,9 @@ namespace fastformer::cpu::FASTFORMER_ISA {
 // Columns that one call of drop_decisions serves: kLanes counters of eight decisions.
 constexpr int kDecisionColumns = 8 * kLanes;
 
-// decisions[c] is that of column first + c; first is a multiple of 32.
+// decisions[kDecisionColumns]: [c] is that of column first + c; first is a multiple of 32.
 static inline void drop_decisions(uint64_t seed, int64_t first, uint32_t c1, uint32_t c2, uint32_t c3,
-                                  uint16_t (&decisions)[kDecisionColumns]) {
+                                  uint16_t* decisions) {
   const U32 c0 = (U32)lane_index() + (uint32_t)(first / 8);
   const PhiloxVectors words = philox4x32_7(seed, c0, splat(c1), splat(c2), splat(c3));
 #pragma GCC unroll 4

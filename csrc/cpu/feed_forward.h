@@ -240,17 +240,6 @@ static void output_columns(const FeedForwardFwd& call, int64_t column_begin, int
   }
 }
 
-template <typename Fn>
-FASTFORMER_INLINE void with_type(DType dtype, Fn fn) {
-  if (dtype == DType::kFloat32) {
-    fn(float{});
-  } else if (dtype == DType::kBFloat16) {
-    fn(BFloat16{});
-  } else {
-    fn(Float16{});
-  }
-}
-
 // The size of an element of x_operands and hidden.
 static int64_t feed_forward_operand_size(DType dtype) {
   int64_t size = 0;
@@ -276,29 +265,25 @@ FASTFORMER_INLINE int64_t panel_floats(const FeedForwardFwd& call) {
   return call.rows <= kFewRows ? 0 : kGroupColumns * kDepthBlock;
 }
 
-// Both: the worker's share of columns; false when there is no memory for scratch.
-static bool feed_forward_hidden(const FeedForwardFwd& call, int64_t column_begin, int64_t column_end) {
+// Both: the worker's share of columns.
+static void feed_forward_hidden(const FeedForwardFwd& call, int64_t column_begin, int64_t column_end) {
   const FlushDenormals flush;
   const Scratch scratch(panel_floats(call) + (call.w_gate.data ? 2 : 1) * call.padded_rows * kGroupColumns);
-  if (!scratch.data()) return false;
   float* const panels = scratch.data();
   with_type(call.dtype, [&](auto type) {
     using T = decltype(type);
     hidden_columns<T>(call, column_begin, column_end, (OperandOf<T>*)panels, panels + panel_floats(call));
   });
-  return true;
 }
 
-static bool feed_forward_output(const FeedForwardFwd& call, int64_t column_begin, int64_t column_end) {
+static void feed_forward_output(const FeedForwardFwd& call, int64_t column_begin, int64_t column_end) {
   const FlushDenormals flush;
   const Scratch scratch(panel_floats(call) + call.padded_rows * kGroupColumns);
-  if (!scratch.data()) return false;
   float* const panels = scratch.data();
   with_type(call.dtype, [&](auto type) {
     using T = decltype(type);
     output_columns<T>(call, column_begin, column_end, (OperandOf<T>*)panels, panels + panel_floats(call));
   });
-  return true;
 }
 
 }  // namespace fastformer::cpu::FASTFORMER_ISA

@@ -6,23 +6,39 @@
 
 namespace fastformer::cpu {
 
+// The items of a call, handed out one by one to whichever worker is free.
+struct WorkQueue {
+  int64_t count;
+  int64_t next = 0;
+};
+
+// Kernels that need scratch throw std::bad_alloc where there is none.
+
+struct NormKernels {
+  void (*to_float32)(const void* source, DType dtype, float* target, int64_t count);
+  void (*fwd)(const NormFwd& call, int64_t row_begin, int64_t row_end);
+  // dweight and dbias [cols] receive the sums over these rows; null where they are not needed.
+  void (*bwd)(const NormBwd& call, int64_t row_begin, int64_t row_end, float* dweight, float* dbias);
+};
+
+struct AttentionKernels {
+  void (*fwd)(const AttentionFwd& call, WorkQueue& queue);
+};
+
+struct FeedForwardKernels {
+  // In bytes: what x and the hidden rows are multiplied as, float32 or narrower.
+  int64_t (*operand_size)(DType dtype);
+  // The stages of one block of rows, in this order.
+  void (*pack)(const FeedForwardFwd& call, int64_t row_begin, int64_t row_end);
+  void (*hidden)(const FeedForwardFwd& call, int64_t column_begin, int64_t column_end);
+  void (*output)(const FeedForwardFwd& call, int64_t column_begin, int64_t column_end);
+};
+
 struct Kernels {
   const char* level;
-
-  void (*to_float32)(const void* source, DType dtype, float* target, int64_t count);
-  void (*norm_fwd)(const NormFwd& call, int64_t row_begin, int64_t row_end);
-  // dweight and dbias [cols] receive the sums over these rows; null where they are not needed.
-  void (*norm_bwd)(const NormBwd& call, int64_t row_begin, int64_t row_end, float* dweight, float* dbias);
-
-  // False when there is no memory for scratch.
-  bool (*attention_fwd)(const AttentionFwd& call, int64_t item_begin, int64_t item_end);
-
-  // In bytes: what x and the hidden rows are multiplied as, float32 or narrower.
-  int64_t (*feed_forward_operand_size)(DType dtype);
-  // The stages of one block of rows, in this order; the last two as attention_fwd.
-  void (*feed_forward_pack)(const FeedForwardFwd& call, int64_t row_begin, int64_t row_end);
-  bool (*feed_forward_hidden)(const FeedForwardFwd& call, int64_t column_begin, int64_t column_end);
-  bool (*feed_forward_output)(const FeedForwardFwd& call, int64_t column_begin, int64_t column_end);
+  const NormKernels& norm;
+  const AttentionKernels& attention;
+  const FeedForwardKernels& feed_forward;
 };
 
 // One for each level that the build compiled.
@@ -31,5 +47,14 @@ extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_sse2;      // x86-64 without further flags
 extern const Kernels kernels_baseline;  // every other machine
+
+#if defined(FASTFORMER_ISA)
+// The parts of one level's table, each from its own kernels_*.cpp.
+namespace FASTFORMER_ISA {
+extern const NormKernels norm_kernels;
+extern const AttentionKernels attention_kernels;
+extern const FeedForwardKernels feed_forward_kernels;
+}  // namespace FASTFORMER_ISA
+#endif
 
 }  // namespace fastformer::cpu

@@ -2,10 +2,10 @@
 #include "launch_attention.h"
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "launch.h"
+#include "parallel.h"
 #include "tensors.h"
 
 namespace fastformer::cpu {
@@ -18,8 +18,6 @@ constexpr int64_t kChunkFloats = 65536;
 // A multiple of every level's tile rows.
 constexpr int64_t kChunkStep = 12;
 constexpr int64_t kLeastChunkRows = 48;
-// Multiplications below which a second thread costs more than it saves.
-constexpr int64_t kProductsPerThread = int64_t{1} << 20;
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -29,7 +27,7 @@ Tensor with_contiguous_rows(const Tensor& tensor) {
 }
 
 HeadRows head_rows(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
 // The stride of dimension `from_end` (1 = last), 0 where it is missing or broadcast.
@@ -38,7 +36,7 @@ int64_t broadcast_stride(const Tensor& tensor, int64_t from_end) {
   return d < 0 || tensor.size(d) == 1 ? 0 : tensor.stride(d);
 }
 
-void check_broadcastable(const Tensor& mask, const AttentionFwd& call) {
+void check_broadcastable(const Tensor& mask, const Attention& call) {
   const int64_t full[] = {call.N, call.M, call.H, call.B};
   STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool, "mask must be bool");
   STD_TORCH_CHECK(mask.dim() <= 4, "mask must be broadcastable to [B, H, M, N]");
@@ -74,7 +72,8 @@ std::vector<int64_t> lengths_of(const Tensor& key_lengths, int64_t B) {
 }
 
 // Chunks of at most kChunkFloats outputs, and more of them where the heads are too few for the threads.
-void divide_work(AttentionFwd& call) {
+void divide_work(AttentionFwd& fwd) {
+  const Attention& call = fwd.attention;
   const int64_t most_rows = kChunkFloats / ((call.D_v + 15) / 16 * 16) / kChunkStep * kChunkStep;
   const int64_t heads = call.B * call.H;
   int64_t chunks = ceil_divide(call.M, most_rows);
@@ -84,24 +83,13 @@ void divide_work(AttentionFwd& call) {
     const int64_t possible = ceil_divide(call.M, kLeastChunkRows);
     chunks = std::max(chunks, std::min(wanted, possible));
   }
-  call.chunk_rows = ceil_divide(ceil_divide(call.M, std::max<int64_t>(chunks, 1)), kChunkStep) * kChunkStep;
-  call.chunks = ceil_divide(call.M, std::max<int64_t>(call.chunk_rows, 1));
-}
-
-void run(const AttentionFwd& call) {
-  const int64_t items = call.B * call.H * call.chunks;
-  const int64_t products = std::min(call.chunk_rows, call.M) * call.N * (call.D + call.D_v);
-  const int64_t grain = std::max<int64_t>(1, kProductsPerThread / std::max<int64_t>(products, 1));
-  std::atomic<bool> out_of_memory{false};
-  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
-    if (!kernels().attention_fwd(call, begin, end)) out_of_memory = true;
-  });
-  STD_TORCH_CHECK(!out_of_memory, "attention: no memory for scratch");
+  fwd.chunk_rows = ceil_divide(ceil_divide(call.M, std::max<int64_t>(chunks, 1)), kChunkStep) * kChunkStep;
+  fwd.chunks = ceil_divide(call.M, std::max<int64_t>(fwd.chunk_rows, 1));
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> attention_fwd(
+std::tuple<Tensor, Tensor, Tensor> attention_fwd(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& key_lengths,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& relative_bias,
@@ -117,7 +105,8 @@ std::tuple<Tensor, Tensor> attention_fwd(
   const Tensor q = with_contiguous_rows(query), k = with_contiguous_rows(key),
                v = with_contiguous_rows(value);
 
-  AttentionFwd call{};
+  AttentionFwd fwd{};
+  Attention& call = fwd.attention;
   call.dtype = dtype_of(q);
   call.query = head_rows(q);
   call.key = head_rows(k);
@@ -136,7 +125,7 @@ std::tuple<Tensor, Tensor> attention_fwd(
   KeyMasks& masks = call.masks;
   masks.left = std::min(left.value_or(kOpenSide), kOpenSide);
   masks.right = std::min(right.value_or(kOpenSide), kOpenSide);
-  masks.offset = lower_right ? call.N - call.M : 0;
+  masks.lower_right = lower_right;
   if (mask) {
     check_broadcastable(*mask, call);
     masks.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
@@ -161,11 +150,14 @@ std::tuple<Tensor, Tensor> attention_fwd(
 
   Tensor out = empty({call.B, call.H, call.M, call.D_v}, call.dtype);
   Tensor lse = empty({call.B, call.H, call.M}, DType::kFloat32);
-  call.out = out.mutable_data_ptr();
-  call.lse = static_cast<float*>(lse.mutable_data_ptr());
-  divide_work(call);
-  run(call);
-  return {out, lse};
+  Tensor lse_rest = empty({call.B, call.H, call.M}, DType::kFloat32);
+  fwd.out.data = out.mutable_data_ptr();
+  fwd.lse.data = static_cast<float*>(lse.mutable_data_ptr());
+  fwd.lse_rest.data = static_cast<float*>(lse_rest.mutable_data_ptr());
+  divide_work(fwd);
+  run_items(call.B * call.H * fwd.chunks, std::min(fwd.chunk_rows, call.M) * call.N * (call.D + call.D_v),
+            [&](WorkQueue& queue) { kernels().attention.fwd(fwd, queue); });
+  return {out, lse, lse_rest};
 }
 
 }  // namespace fastformer::cpu

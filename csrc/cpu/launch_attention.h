@@ -10,7 +10,7 @@ namespace fastformer::cpu {
 
 using torch::stable::Tensor;
 
-std::tuple<Tensor, Tensor> attention_fwd(
+std::tuple<Tensor, Tensor, Tensor> attention_fwd(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& key_lengths,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& relative_bias,

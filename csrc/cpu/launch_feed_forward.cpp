@@ -2,11 +2,11 @@
 #include "launch_feed_forward.h"
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 #include <vector>
 
 #include "launch.h"
+#include "parallel.h"
 #include "tensors.h"
 
 namespace fastformer::cpu {
@@ -19,8 +19,6 @@ constexpr int64_t kLeastBlockRows = 192, kMostBlockRows = 1536;
 constexpr int64_t kRowStep = 4;
 // A multiple of 32, the period of the dropout map, and of every level's panel.
 constexpr int64_t kColumnStep = 32;
-// Multiplications below which a second thread costs more than it saves.
-constexpr int64_t kProductsPerThread = int64_t{1} << 20;
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
@@ -50,7 +48,7 @@ struct Bias {
       data = row->const_data_ptr<float>();
     } else {
       converted.resize(size);
-      kernels().to_float32(row->const_data_ptr(), dtype_of(*row), converted.data(), size);
+      kernels().norm.to_float32(row->const_data_ptr(), dtype_of(*row), converted.data(), size);
       data = converted.data();
     }
   }
@@ -75,23 +73,20 @@ template <typename Kernel>
 void over_columns(int64_t columns, int64_t products, Kernel kernel) {
   const int64_t grain =
       std::max<int64_t>(1, kProductsPerThread / std::max<int64_t>(1, products * kColumnStep));
-  std::atomic<bool> out_of_memory{false};
-  torch::stable::parallel_for(0, ceil_divide(columns, kColumnStep), grain, [&](int64_t begin, int64_t end) {
-    if (!kernel(begin * kColumnStep, std::min(end * kColumnStep, columns))) out_of_memory = true;
+  parallel_for(ceil_divide(columns, kColumnStep), grain, [&](int64_t begin, int64_t end) {
+    kernel(begin * kColumnStep, std::min(end * kColumnStep, columns));
   });
-  STD_TORCH_CHECK(!out_of_memory, "feed_forward: no memory for scratch");
 }
 
 void run_block(const FeedForwardFwd& call) {
   const int64_t row_grain = std::max<int64_t>(1, kElementsPerThread / call.E);
-  torch::stable::parallel_for(0, call.rows, row_grain, [&](int64_t begin, int64_t end) {
-    kernels().feed_forward_pack(call, begin, end);
-  });
+  parallel_for(call.rows, row_grain,
+               [&](int64_t begin, int64_t end) { kernels().feed_forward.pack(call, begin, end); });
   const int64_t products = call.rows * call.E * (call.w_gate.data ? 2 : 1);
   over_columns(call.F, products,
-               [&](int64_t begin, int64_t end) { return kernels().feed_forward_hidden(call, begin, end); });
+               [&](int64_t begin, int64_t end) { kernels().feed_forward.hidden(call, begin, end); });
   over_columns(call.E_out, call.rows * call.F,
-               [&](int64_t begin, int64_t end) { return kernels().feed_forward_output(call, begin, end); });
+               [&](int64_t begin, int64_t end) { kernels().feed_forward.output(call, begin, end); });
 }
 
 void* advance(void* data, int64_t elements, DType dtype) {
@@ -101,7 +96,7 @@ void* advance(void* data, int64_t elements, DType dtype) {
 // Block by block; `call` describes all rows.
 void run(const FeedForwardFwd& call) {
   const int64_t rows = call.rows;
-  const int64_t operand_size = kernels().feed_forward_operand_size(call.dtype);
+  const int64_t operand_size = kernels().feed_forward.operand_size(call.dtype);
   const int64_t line = 64 / operand_size;
   const int64_t most = std::clamp(kHiddenBytes / (call.F * operand_size), kLeastBlockRows, kMostBlockRows);
   const int64_t block_rows =

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "launch.h"
+#include "parallel.h"
 #include "tensors.h"
 
 namespace fastformer::cpu {
@@ -45,7 +46,7 @@ struct Columns {
       data = static_cast<const float*>(row.data);
     } else {
       made.resize(static_cast<size_t>(cols));
-      kernels().to_float32(row.data, row.dtype, made.data(), cols);
+      kernels().norm.to_float32(row.data, row.dtype, made.data(), cols);
       data = made.data();
     }
   }
@@ -87,7 +88,7 @@ void for_each_row_range(const Size& size, const Body& body) {
     return;
   }
   const int64_t grain = kElementsPerThread / size.cols;
-  torch::stable::parallel_for(0, size.rows, grain > 1 ? grain : 1, body);
+  parallel_for(size.rows, grain, body);
 }
 
 }  // namespace
@@ -139,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(const Tensor& x, const std::
       .dropout = dropout,
   };
   const Kernels& kernel = kernels();
-  for_each_row_range(size, [&](int64_t begin, int64_t end) { kernel.norm_fwd(call, begin, end); });
+  for_each_row_range(size, [&](int64_t begin, int64_t end) { kernel.norm.fwd(call, begin, end); });
   return {std::move(out), std::move(sum), std::move(mean), std::move(rstd)};
 }
 
@@ -167,17 +168,17 @@ void run_backward(const NormBwd& call, const Size& size, float* dweight, float* 
   const int64_t block_rows = rows_of_block(size.rows);
   const int64_t blocks = (size.rows + block_rows - 1) / block_rows;
   if (blocks <= 1) {
-    kernel.norm_bwd(call, 0, size.rows, dweight, dbias);
+    kernel.norm.bwd(call, 0, size.rows, dweight, dbias);
     return;
   }
   const size_t share_count = static_cast<size_t>(blocks * size.cols);
   std::vector<float> dweight_shares(dweight != nullptr ? share_count : 0);
   std::vector<float> dbias_shares(dbias != nullptr ? share_count : 0);
   const int64_t grain = kElementsPerThread / (block_rows * size.cols);
-  torch::stable::parallel_for(0, blocks, grain > 1 ? grain : 1, [&](int64_t begin, int64_t end) {
+  parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t last = (block + 1) * block_rows;
-      kernel.norm_bwd(call, block * block_rows, last < size.rows ? last : size.rows,
+      kernel.norm.bwd(call, block * block_rows, last < size.rows ? last : size.rows,
                       dweight != nullptr ? dweight_shares.data() + block * size.cols : nullptr,
                       dbias != nullptr ? dbias_shares.data() + block * size.cols : nullptr);
     }

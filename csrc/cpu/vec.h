@@ -394,6 +394,18 @@ FASTFORMER_INLINE void stream_fence() {
 #endif
 }
 
+// fn(value of the type that dtype names)
+template <typename Fn>
+FASTFORMER_INLINE void with_type(DType dtype, Fn fn) {
+  if (dtype == DType::kFloat32) {
+    fn(float{});
+  } else if (dtype == DType::kBFloat16) {
+    fn(BFloat16{});
+  } else {
+    fn(Float16{});
+  }
+}
+
 // what a worker holds while it runs
 
 // Denormal results and operands count as zero while this lives. Tiny probabilities and GELU tails are

@@ -30,7 +30,8 @@ struct KeyRange {
 
 class Visibility {
  public:
-  Visibility(const KeyMasks& masks, int64_t b, int64_t h, int64_t N) : masks_(masks), keys_{0, N} {
+  Visibility(const KeyMasks& masks, int64_t b, int64_t h, int64_t M, int64_t N)
+      : masks_(masks), keys_{0, N}, offset_(masks.lower_right ? N - M : 0) {
     if (masks.mask) mask_ = masks.mask + b * masks.mask_stride_b + h * masks.mask_stride_h;
     if (masks.key_padding) padding_ = masks.key_padding + b * masks.key_padding_stride_b;
     if (masks.key_lengths) keys_.end = larger(0, smaller(N, masks.key_lengths[b]));
@@ -43,7 +44,7 @@ class Visibility {
 
   // The keys that row `i` may see lie in here.
   KeyRange keys_of_row(int64_t i) const {
-    const int64_t centre = i + masks_.offset;
+    const int64_t centre = i + offset_;
     return {larger(keys_.begin, centre - masks_.left), smaller(keys_.end, centre + masks_.right + 1)};
   }
 
@@ -118,6 +119,7 @@ class Visibility {
 
   const KeyMasks& masks_;
   KeyRange keys_;  // every key outside is hidden from all queries
+  int64_t offset_;
   const uint8_t* mask_ = nullptr;
   const uint8_t* padding_ = nullptr;
   bool mask_is_per_key_ = false;

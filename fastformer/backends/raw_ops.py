@@ -63,13 +63,40 @@ def norm_bwd(
     )
 
 
-def attention_fwd(backend: str, spec: AttentionSpec, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """out, lse."""
+def _spread(spec: AttentionSpec) -> tuple[Any, ...]:
     visibility = (spec.left, spec.right, spec.lower_right)
-    longest = (spec.max_seqlen_q, spec.max_seqlen_k)
-    return _raw("attention_fwd", backend)(
-        *tensors, spec.scale, *visibility, spec.softcap, spec.dropout_p, *longest
+    return spec.scale, *visibility, spec.softcap, spec.dropout_p, spec.max_seqlen_q, spec.max_seqlen_k
+
+
+def attention_fwd(backend: str, spec: AttentionSpec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """out, lse, lse_rest."""
+    return _raw("attention_fwd", backend)(*tensors, *_spread(spec))
+
+
+def attention_weights(
+    backend: str, spec: AttentionSpec, lse: Tensor, lse_rest: Tensor, *tensors: Tensor | None
+) -> Tensor:
+    """[B, H, M, N], or averaged over heads [B, M, N], as spec.return_weights says."""
+    mean = spec.return_weights == "mean"
+    return _raw("attention_weights", backend)(lse, lse_rest, *tensors, *_spread(spec), mean)
+
+
+def attention_bwd(
+    backend: str,
+    spec: AttentionSpec,
+    needs: tuple[bool, ...],
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_weights: Tensor | None,
+    *saved: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, bias, relative_bias and sink, None where there is no need of one.
+
+    `saved`: out, lse, lse_rest, and the tensors of the call."""
+    grads = _raw("attention_bwd", backend)(
+        grad_out, grad_lse, grad_weights, *saved, *_spread(spec), *needs[3:]
     )
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
 def feed_forward_fwd(
@@ -77,3 +104,13 @@ def feed_forward_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, pre, pre_gate (empty unless save_pre)."""
     return _raw("feed_forward_fwd", backend)(*tensors, spec.activation, spec.dropout_p, save_pre)
+
+
+def feed_forward_bwd(
+    backend: str, spec: FeedForwardSpec, needs: tuple[bool, ...], *saved: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, w1, b1, w_gate, b_gate, w2 and b2, None where there is no need of one.
+
+    `saved`: grad_out, pre and pre_gate (empty: computed again), and the tensors of the call."""
+    grads = _raw("feed_forward_bwd", backend)(*saved, spec.activation, spec.dropout_p, *needs)
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))

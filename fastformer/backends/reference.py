@@ -295,18 +295,25 @@ def _attention_padded(
 
 def attention_bwd(
     spec: AttentionSpec,
+    needs: tuple[bool, ...],
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
+    grad_weights: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     *tensors: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, bias, relative_bias and sink, None for what was not given."""
+    """Gradients of query, key, value, bias, relative_bias and sink, None where there is no need of one."""
     places = (0, 1, 2, 6, 7, 8)  # in ATTENTION_TENSORS
-    (out, lse), pull = vjp_at(
-        lambda *tensors: attention(spec, *tensors)[:2], tensors, [p for p in places if tensors[p] is not None]
-    )
-    grads = pull((_given(grad_out, out), _given(grad_lse, lse)))
+    needed = [p for p, need in zip(places, needs, strict=True) if need and tensors[p] is not None]
+
+    def outputs(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(output for output in attention(spec, *tensors) if output is not None)  # type: ignore[arg-type]
+
+    primals, pull = vjp_at(outputs, tensors, needed)
+    cotangents = (grad_out, grad_lse, grad_weights)[: len(primals)]
+    grads = pull(tuple(map(_given, cotangents, primals)))
     return tuple(grads[place] for place in places)
 
 
@@ -421,11 +428,12 @@ def feed_forward(
 
 def feed_forward_bwd(
     spec: FeedForwardSpec,
+    needs: tuple[bool, ...],
     grad_out: Tensor,
     pre: Tensor,
     pre_gate: Tensor,
     *tensors: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, w1, b1, w_gate, b_gate, w2, b2, None for what was not given; recomputes from x."""
-    given = [place for place, tensor in enumerate(tensors[:-1]) if tensor is not None]
-    return vjp_at(partial(feed_forward, spec), tensors, given)[1](grad_out)[:-1]
+    """Gradients of x, w1, b1, w_gate, b_gate, w2, b2, None where there is no need; recomputes from x."""
+    needed = [p for p, need in enumerate(needs) if need and tensors[p] is not None]
+    return vjp_at(partial(feed_forward, spec), tensors, needed)[1](grad_out)[:-1]

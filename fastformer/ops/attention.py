@@ -16,28 +16,90 @@ from .autograd import Call, Operator, Tensors, run
 from .checks import FLOATS, check_float, resolve_seed
 from .library import define
 
-# Places in ATTENTION_TENSORS of what has a gradient, in the order in which backward gives them.
-_DIFFERENTIABLE = tuple(
-    ATTENTION_TENSORS.index(name) for name in ("query", "key", "value", "bias", "relative_bias", "sink")
+_TENSORS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? key_padding_mask, Tensor? key_lengths,"
+    " Tensor? bias, Tensor? relative_bias, Tensor? sink, Tensor? seed, Tensor? cu_seqlens_q,"
+    " Tensor? cu_seqlens_k"
+)
+_SPEC = (
+    "float scale, int? left, int? right, bool lower_right, float? softcap, float dropout_p,"
+    " int? max_seqlen_q, int? max_seqlen_k"
 )
 
 
 def _attention_fwd_fake(
     query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **named: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     out = query.new_empty((*query.shape[:-1], value.shape[-1]))
     packed = query.dim() == 3
     rows = (query.shape[1], query.shape[0]) if packed else query.shape[:-1]
-    return out, query.new_empty(rows, dtype=torch.float32)
+    lse = query.new_empty(rows, dtype=torch.float32)
+    return out, lse, torch.empty_like(lse)
+
+
+# lse_rest is what rounding lse to float32 left off: exp((score - lse) - lse_rest) is a weight to full
+# precision, also where scores are so large that lse alone cannot tell one key from a thousand.
+define(
+    "attention_fwd",
+    f"({_TENSORS}, {_SPEC}) -> (Tensor out, Tensor lse, Tensor lse_rest)",
+    _attention_fwd_fake,
+)
+
+
+def _attention_weights_fake(lse: Tensor, lse_rest: Tensor, *arguments: Any, **named: Any) -> Tensor:
+    query, key, cu_seqlens_q = arguments[0], arguments[1], arguments[10]
+    max_seqlen_q, max_seqlen_k, mean = arguments[-3:]
+    if cu_seqlens_q is None:
+        (B, H, M, _), N = query.shape, key.shape[2]
+    else:
+        B, H, M, N = cu_seqlens_q.shape[0] - 1, query.shape[1], max_seqlen_q, max_seqlen_k
+    return query.new_empty((B, M, N) if mean else (B, H, M, N))
 
 
 define(
-    "attention_fwd",
-    "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? key_padding_mask, Tensor? key_lengths,"
-    " Tensor? bias, Tensor? relative_bias, Tensor? sink, Tensor? seed, Tensor? cu_seqlens_q,"
-    " Tensor? cu_seqlens_k, float scale, int? left, int? right, bool lower_right, float? softcap,"
-    " float dropout_p, int? max_seqlen_q, int? max_seqlen_k) -> (Tensor out, Tensor lse)",
-    _attention_fwd_fake,
+    "attention_weights",
+    f"(Tensor lse, Tensor lse_rest, {_TENSORS}, {_SPEC}, bool mean) -> Tensor",
+    _attention_weights_fake,
+)
+
+
+def _attention_bwd_fake(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_weights: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    lse_rest: Tensor,
+    *arguments: Any,
+    **named: Any,
+) -> tuple[Tensor, ...]:
+    query, key, value, _, _, _, bias, relative_bias, sink = arguments[:9]
+    need_bias, need_relative_bias, need_sink = arguments[-3:]
+
+    def given(tensor: Tensor | None, need: bool, dtype: torch.dtype | None) -> Tensor:
+        shape = tensor.shape if tensor is not None and need else (0,)
+        return query.new_empty(shape, dtype=dtype)
+
+    return (
+        *(tensor.new_empty(tensor.shape) for tensor in (query, key, value)),
+        given(bias, need_bias, None if bias is None else bias.dtype),
+        given(relative_bias, need_relative_bias, torch.float32),
+        given(sink, need_sink, torch.float32),
+    )
+
+
+# Of the gradients of bias, relative_bias and sink those that are not needed are empty.
+define(
+    "attention_bwd",
+    "(Tensor? grad_out, Tensor? grad_lse, Tensor? grad_weights, Tensor out, Tensor lse, Tensor lse_rest,"
+    f" {_TENSORS}, {_SPEC}, bool need_bias, bool need_relative_bias, bool need_sink)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _attention_bwd_fake,
+)
+
+# Places in ATTENTION_TENSORS of what has a gradient, in the order in which backward gives them.
+_DIFFERENTIABLE = tuple(
+    ATTENTION_TENSORS.index(name) for name in ("query", "key", "value", "bias", "relative_bias", "sink")
 )
 
 
@@ -49,13 +111,17 @@ class Attention(Operator):
         return (out, lse) if weights is None else (out, lse, weights)
 
     def forward(self, call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
-        return call.forward.attention_fwd(call.spec, *tensors)
+        out, lse, lse_rest = call.forward.attention_fwd(call.spec, *tensors)
+        if call.spec.return_weights is None:
+            return out, lse, lse_rest
+        weights = call.forward.attention_weights(call.spec, lse, lse_rest, *tensors)
+        return out, lse, weights, lse_rest
 
-    def differentiable(self, tensors: Tensors) -> int:
-        return 2
+    def differentiable(self, spec: AttentionSpec, tensors: Tensors) -> int:
+        return 2 if spec.return_weights is None else 3
 
     def saved(self, tensors: Tensors, outputs: tuple[Tensor, ...]) -> Tensors:
-        return *outputs, *tensors
+        return *outputs[:2], outputs[-1], *tensors
 
     def backward(
         self,
@@ -65,7 +131,10 @@ class Attention(Operator):
         grads: Tensors,
         saved: Tensors,
     ) -> Tensors:
-        by_place = dict(zip(_DIFFERENTIABLE, backend.attention_bwd(spec, *grads, *saved), strict=True))
+        grad_out, grad_lse, grad_weights = (*grads, None)[:3]
+        wanted = tuple(needs[place] for place in _DIFFERENTIABLE)
+        results = backend.attention_bwd(spec, wanted, grad_out, grad_lse, grad_weights, *saved)
+        by_place = dict(zip(_DIFFERENTIABLE, results, strict=True))
         return tuple(by_place.get(place) for place in range(len(ATTENTION_TENSORS)))
 
 
@@ -215,7 +284,7 @@ def attention(
         outputs = (_to_nested(outputs[0], offsets), _to_nested(lse, offsets))
     if not return_lse and not return_weights:
         return outputs[0]
-    return outputs[:1] + (outputs[1:2] if return_lse else ()) + outputs[2:]
+    return outputs[:1] + (outputs[1:2] if return_lse else ()) + (outputs[2:3] if return_weights else ())
 
 
 def _from_nested(query: Any, key: Any, value: Any) -> tuple[Tensor, ...]:

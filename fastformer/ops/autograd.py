@@ -37,7 +37,7 @@ class Operator:
         """Run the kernels; the differentiable outputs come first."""
         raise NotImplementedError
 
-    def differentiable(self, tensors: Tensors) -> int:
+    def differentiable(self, spec: Any, tensors: Tensors) -> int:
         """How many of forward's outputs have a gradient."""
         raise NotImplementedError
 
@@ -100,7 +100,7 @@ def _setup(ctx: Any, call: Call, tensors: Tensors, outputs: tuple[Tensor, ...]) 
     ctx.call = call
     ctx.device = tensors[0].device.type  # type: ignore[union-attr]
     ctx.input_dtypes = [None if t is None else t.dtype for t in tensors]
-    ctx.differentiable = call.operator.differentiable(tensors)
+    ctx.differentiable = call.operator.differentiable(call.spec, tensors)
     ctx.save_for_backward(*call.operator.saved(tensors, outputs))
     ctx.mark_non_differentiable(*outputs[ctx.differentiable :])
     ctx.set_materialize_grads(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,27 @@ define(
 )
 
 
+def _feed_forward_bwd_fake(
+    grad_out: Tensor, pre: Tensor, pre_gate: Tensor, *arguments: Any, **named: Any
+) -> tuple[Tensor, ...]:
+    tensors, needs = arguments[:7], arguments[-7:]
+    return tuple(
+        grad_out.new_empty(tensor.shape if tensor is not None and need else (0,))
+        for tensor, need in zip(tensors, needs, strict=True)
+    )
+
+
+# pre and pre_gate are empty where they are to be computed again. Gradients that are not needed are empty.
+define(
+    "feed_forward_bwd",
+    "(Tensor grad_out, Tensor pre, Tensor pre_gate, Tensor x, Tensor w1, Tensor? b1, Tensor? w_gate,"
+    " Tensor? b_gate, Tensor w2, Tensor? b2, Tensor? seed, str activation, float dropout_p, bool need_x,"
+    " bool need_w1, bool need_b1, bool need_w_gate, bool need_b_gate, bool need_w2, bool need_b2)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _feed_forward_bwd_fake,
+)
+
+
 class FeedForward(Operator):
     name = "feed_forward"
 
@@ -55,7 +77,7 @@ class FeedForward(Operator):
         save_pre = call.backward not in (None, reference) and not call.spec.recompute
         return call.forward.feed_forward_fwd(call.spec, *tensors, save_pre=save_pre)
 
-    def differentiable(self, tensors: Tensors) -> int:
+    def differentiable(self, spec: FeedForwardSpec, tensors: Tensors) -> int:
         return 1
 
     def saved(self, tensors: Tensors, outputs: tuple[Tensor, ...]) -> Tensors:
@@ -69,7 +91,7 @@ class FeedForward(Operator):
         grads: Tensors,
         saved: Tensors,
     ) -> Tensors:
-        return *backend.feed_forward_bwd(spec, grads[0], *saved), None
+        return *backend.feed_forward_bwd(spec, needs[:-1], grads[0], *saved), None
 
 
 _FEED_FORWARD = FeedForward()

@@ -78,7 +78,7 @@ class Norm(Operator):
     def forward(self, call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
         return call.forward.norm_fwd(call.spec, *tensors)
 
-    def differentiable(self, tensors: Tensors) -> int:
+    def differentiable(self, spec: NormSpec, tensors: Tensors) -> int:
         return 1 if tensors[1] is None else 2
 
     def saved(self, tensors: Tensors, outputs: tuple[Tensor, ...]) -> Tensors:
