@@ -130,6 +130,42 @@ struct AttentionFwd {
   int64_t chunk_rows, chunks;
 };
 
+// What it takes to compute weights anew, and the gradient of the scores.
+struct ScorePass {
+  Attention attention;
+  RowStats lse, lse_rest;
+  HeadRows grad_out;         // data null: zero
+  ScoreMatrix grad_weights;  // data null: none; averaged weights have stride_h 0
+  float grad_weights_scale;  // 1, averaged: 1 / H
+  RowStats grad_lse;         // data null: zero
+  RowStats delta;            // sum_j weights_ij grad_weights_ij - grad_lse_i
+};
+
+struct AttentionBwd {
+  ScorePass scores;
+  HeadRows out;
+  HeadRows grad_query, grad_key, grad_value;
+  // Null where not wanted. Sums that cross work items come as shares, which are added in order afterwards.
+  ScoreMatrix grad_bias;        // of a bias that is not broadcast; zeroed before
+  RowStats grad_rows;           // sum_j dscore_ij
+  float* sink_shares;           // [B, H]
+  float* relative_bias_shares;  // [B, H, chunks, M + N - 1]
+  float* query_shares;          // [chunks, elements of query]; null where chunks is 1
+  int64_t query_elements;
+  // A work item is (b * H_kv + h_kv) * chunks + chunk: chunk_keys keys of one key head.
+  int64_t chunk_keys, chunks;
+};
+
+// target = factor times the sum of the weights, or of the gradient of the scores, over the dimensions in
+// which target has size 1.
+struct ScoreSum {
+  ScorePass scores;
+  bool of_gradient;
+  float factor;
+  ScoreMatrix target;
+  int64_t target_B, target_H, target_M;  // N is whole
+};
+
 enum class Activation : int32_t { kRelu, kGelu, kGeluTanh, kSilu, kRelu2 };
 
 // A weight as torch.nn.Linear holds it: [rows out, columns in], columns contiguous.

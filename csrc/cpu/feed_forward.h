@@ -12,6 +12,7 @@
 #include "activations.h"
 #include "dropout_map.h"
 #include "gemm_micro.h"
+#include "worker.h"
 
 namespace fastformer::cpu::FASTFORMER_ISA {
 

@@ -113,6 +113,24 @@ struct Tile {
     }
   }
 
+  // acc += a[depth, kRows]^T b[depth, kVectors * kLanes], in order of depth.
+  __attribute__((always_inline)) void multiply_add_transposed(int64_t depth, const float* a, int64_t lda,
+                                                              const float* b, int64_t ldb) {
+    for (int64_t k = 0; k < depth; ++k) {
+      F32 row_b[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) row_b[v] = load(b + v * kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+        const F32 a_ki = splat(a[i]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) acc[i][v] = fma(a_ki, row_b[v], acc[i][v]);
+      }
+      a += lda;
+      b += ldb;
+    }
+  }
+
   // acc += a[kRows, depth] b[depth, kVectors * kLanes], in order of depth.
   template <typename Operand>
   __attribute__((always_inline)) void multiply_add(int64_t depth, const Operand* a, int64_t lda,
@@ -140,6 +158,21 @@ struct Tile {
     }
   }
 };
+
+// The number of rows of a tile, as a type.
+template <int kRows>
+struct RowCount {
+  static constexpr int kCount = kRows;
+};
+
+// fn(RowCount, first row) for the tiles that cover padded_rows, a multiple of kRowStep.
+template <typename Fn>
+FASTFORMER_INLINE void over_row_tiles(int64_t padded_rows, Fn fn) {
+  int64_t row = 0;
+  for (; row + kTileRows <= padded_rows; row += kTileRows) fn(RowCount<kTileRows>{}, row);
+  if (padded_rows - row == 2 * kRowStep) fn(RowCount<2 * kRowStep>{}, row);
+  if (padded_rows - row == kRowStep) fn(RowCount<kRowStep>{}, row);
+}
 
 // [kLanes, kLanes] transposed in registers, one power of two at a time: of each pair of rows `kHalf`
 // apart, the upper-right block of the first changes places with the lower-left block of the second.

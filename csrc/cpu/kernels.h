@@ -22,7 +22,15 @@ struct NormKernels {
 };
 
 struct AttentionKernels {
+  int64_t block_keys;  // of the passes after forward
   void (*fwd)(const AttentionFwd& call, WorkQueue& queue);
+  // Backward: first the rows, whose delta the others read.
+  void (*bwd_rows)(const AttentionBwd& call, WorkQueue& queue);
+  void (*bwd)(const AttentionBwd& call, WorkQueue& queue);
+  void (*score_sum)(const ScoreSum& call, WorkQueue& queue);
+  // Elements [begin, end) of target = factor times the sum of shares that lie `stride` elements apart.
+  void (*sum_shares)(const float* shares, int64_t share_count, int64_t stride, float factor, DType dtype,
+                     void* target, int64_t begin, int64_t end);
 };
 
 struct FeedForwardKernels {

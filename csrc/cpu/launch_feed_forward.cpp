@@ -20,7 +20,6 @@ constexpr int64_t kRowStep = 4;
 // A multiple of 32, the period of the dropout map, and of every level's panel.
 constexpr int64_t kColumnStep = 32;
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
 
 // A weight [rows, columns] whose columns are contiguous, copied where they are not.

@@ -12,6 +12,7 @@
 
 #include "philox_vec.h"
 #include "vec.h"
+#include "worker.h"
 
 namespace fastformer::cpu::FASTFORMER_ISA {
 

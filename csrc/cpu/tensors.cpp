@@ -39,6 +39,10 @@ Tensor empty(IntHeaderOnlyArrayRef sizes, DType dtype) {
   return Tensor(handle);
 }
 
+std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  return std::vector<int64_t>(tensor.sizes().begin(), tensor.sizes().end());
+}
+
 std::optional<int64_t> row_stride(const Tensor& tensor) {
   const IntHeaderOnlyArrayRef sizes = tensor.sizes();
   const IntHeaderOnlyArrayRef strides = tensor.strides();

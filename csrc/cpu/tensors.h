@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <vector>
 
 #include "../shapes.h"
 
@@ -18,11 +19,15 @@ DType dtype_of(const Tensor& tensor);
 // An uninitialised contiguous CPU tensor, by the shortest way that the stable ABI has.
 Tensor empty(IntHeaderOnlyArrayRef sizes, DType dtype);
 
+std::vector<int64_t> sizes_of(const Tensor& tensor);
+
 // The stride between rows of the last dimension where that dimension is contiguous and the others collapse to
 // one; nothing where they do not.
 std::optional<int64_t> row_stride(const Tensor& tensor);
 
 Dropout dropout_of(double p, const std::optional<Tensor>& seed);
+
+inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kElementsPerThread = 32768;

@@ -10,8 +10,6 @@
 
 #include <stdint.h>
 
-#include <new>
-
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -405,39 +403,5 @@ FASTFORMER_INLINE void with_type(DType dtype, Fn fn) {
     fn(Float16{});
   }
 }
-
-// what a worker holds while it runs
-
-// Denormal results and operands count as zero while this lives. Tiny probabilities and GELU tails are
-// otherwise up to twenty times slower. The caller's setting comes back at the end.
-struct FlushDenormals {
-#if defined(__SSE2__)
-  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040u); }  // FTZ | DAZ
-  ~FlushDenormals() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#else
-  FlushDenormals() {}
-  ~FlushDenormals() {}
-#endif
-  FlushDenormals(const FlushDenormals&) = delete;
-  FlushDenormals& operator=(const FlushDenormals&) = delete;
-};
-
-// Uninitialised float scratch of one worker, aligned to a cache line. Throws std::bad_alloc.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats)
-      : data_(static_cast<float*>(
-            ::operator new(static_cast<size_t>(floats) * sizeof(float), std::align_val_t{64}))) {}
-  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  float* data() const { return data_; }
-
- private:
-  float* data_;
-};
 
 }  // namespace fastformer::cpu::FASTFORMER_ISA

@@ -23,8 +23,8 @@ FASTFORMER_INLINE I32 load_mask(const uint8_t* bytes) {
   return __builtin_convertvector(b, I32) != 0;
 }
 
-// Empty where begin >= end.
-struct KeyRange {
+// Of keys or rows; empty where begin >= end.
+struct Range {
   int64_t begin, end;
 };
 
@@ -43,14 +43,19 @@ class Visibility {
   }
 
   // The keys that row `i` may see lie in here.
-  KeyRange keys_of_row(int64_t i) const {
+  Range keys_of_row(int64_t i) const {
     const int64_t centre = i + offset_;
     return {larger(keys_.begin, centre - masks_.left), smaller(keys_.end, centre + masks_.right + 1)};
   }
 
   // Both ends grow with the row, so the first and the last row bound a tile.
-  KeyRange keys_of_rows(int64_t first, int64_t count) const {
+  Range keys_of_rows(int64_t first, int64_t count) const {
     return {keys_of_row(first).begin, keys_of_row(first + count - 1).end};
+  }
+
+  // The rows that may see one of keys [first, first + count) lie in here.
+  Range rows_of_keys(int64_t first, int64_t count, int64_t M) const {
+    return {larger(0, first - masks_.right - offset_), smaller(M, first + count + masks_.left - offset_)};
   }
 
   // real[n] = whether any query may see key first + n, windows apart. Returns how many are.
@@ -69,7 +74,7 @@ class Visibility {
   // Sets scores[n] of row `i` and key first + n to -inf where that key is hidden. `count` is a multiple of
   // kLanes and may reach past N; `real` (null: all real) is what real_keys gave for these keys.
   void hide_scores(float* scores, int64_t i, int64_t first, int64_t count, const uint8_t* real) const {
-    const KeyRange seen = keys_of_row(i);
+    const Range seen = keys_of_row(i);
     hide_outside(scores, seen.begin - first, seen.end - first, count);
     const int64_t begin = larger(0, seen.begin - first), end = smaller(count, seen.end - first);
     if (begin >= end) return;
@@ -118,7 +123,7 @@ class Visibility {
   }
 
   const KeyMasks& masks_;
-  KeyRange keys_;  // every key outside is hidden from all queries
+  Range keys_;  // every key outside is hidden from all queries
   int64_t offset_;
   const uint8_t* mask_ = nullptr;
   const uint8_t* padding_ = nullptr;

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..specs import AttentionSpec
 from . import raw_ops
 
 # Importing the extension registers its operators.
@@ -20,9 +19,8 @@ except ImportError as error:
 else:
     _missing = None
 
-_SERVED = ("norm_fwd", "norm_bwd", "attention_fwd", "feed_forward_fwd")
+_SERVED = ("norm_fwd", "norm_bwd", "attention_fwd", "attention_bwd", "feed_forward_fwd")
 _MAX_HEAD_DIM = 256
-_NOT_YET_IN_ATTENTION = ("bias", "relative_bias", "sink")
 
 
 def ready() -> str | None:
@@ -45,28 +43,17 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
         return refusal
     if op in ("norm_fwd", "norm_bwd"):
         return "it takes rows of at least one column" if first.shape[-1] == 0 else None
-    if op == "attention_fwd":
-        return _attention_refusal(spec, tensors)
+    if op in ("attention_fwd", "attention_bwd"):
+        return _attention_refusal(tensors)
     _, w1, _, _, _, w2, *_ = tensors
     if any(matrix is not None and 0 in matrix.shape for matrix in (w1, w2)):
         return "its feed_forward takes weights of at least one row and one column"
     return None
 
 
-def _attention_refusal(spec: AttentionSpec, tensors: tuple[Tensor | None, ...]) -> str | None:
-    query, _, value, _, _, _, *extras, _, cu_seqlens_q, _ = tensors
+def _attention_refusal(tensors: tuple[Tensor | None, ...]) -> str | None:
+    query, _, value, *_ = tensors
     assert query is not None and value is not None
-    for name, tensor in zip(_NOT_YET_IN_ATTENTION, extras, strict=True):
-        if tensor is not None:
-            return f"its attention has no {name} yet"
-    if spec.softcap is not None:
-        return "its attention has no softcap yet"
-    if spec.dropout_p > 0:
-        return "its attention has no dropout yet"
-    if cu_seqlens_q is not None or query.dim() != 4:
-        return "its attention has no packed sequences yet"
-    if spec.return_weights is not None:
-        return "its attention returns no weights yet"
     for name, width in (("query", query.shape[-1]), ("value", value.shape[-1])):
         if not 1 <= width <= _MAX_HEAD_DIM:
             return f"its attention takes head dims of 1 to {_MAX_HEAD_DIM}, and {name}'s is {width}"
