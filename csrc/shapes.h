@@ -138,7 +138,7 @@ struct ScorePass {
   ScoreMatrix grad_weights;  // data null: none; averaged weights have stride_h 0
   float grad_weights_scale;  // 1, averaged: 1 / H
   RowStats grad_lse;         // data null: zero
-  RowStats delta;            // sum_j weights_ij grad_weights_ij - grad_lse_i
+  RowStats delta;            // grad_out_i . out_i + sum_j weights_ij grad_weights_ij
 };
 
 struct AttentionBwd {

@@ -59,15 +59,14 @@ static void backward_rows(const AttentionBwd& bwd, const TileBuffers& buffers, c
     const float lse = *head.stats(pass.lse, i), rest = *head.stats(pass.lse_rest, i);
     const bool sees_nothing = lse == kMinusInfinity;
     const float grad_lse = pass.grad_lse.data && !sees_nothing ? *head.stats(pass.grad_lse, i) : 0.0f;
-    const float delta = *head.stats(pass.delta, i) - grad_lse;
-    *head.stats(pass.delta, i) = delta;
+    const float above_lse = *head.stats(pass.delta, i) - grad_lse;
     float sink_weight = 0.0f;
     if (call.sink && !sees_nothing) {
       sink_weight = exp2(splat((call.sink[head.h] - lse - rest) * kLog2E))[0];
     }
-    sink_gradient -= (double)sink_weight * delta;
+    sink_gradient -= (double)sink_weight * above_lse;
     // The gradients of a row's scores and of its sink add up to grad_lse.
-    if (bwd.grad_rows.data) *head.stats(bwd.grad_rows, i) = grad_lse + sink_weight * delta;
+    if (bwd.grad_rows.data) *head.stats(bwd.grad_rows, i) = grad_lse + sink_weight * above_lse;
   }
   if (bwd.sink_shares) bwd.sink_shares[head.b * call.H + head.h] = (float)sink_gradient;
 }

@@ -2,10 +2,10 @@
 // after forward runs over these tiles: backward, the returned weights, and the sums of a broadcast bias.
 //
 //   weights_ij = exp(s_ij - lse_i - lse_rest_i)
-//   ds_ij = weights_ij (keep_ij (grad_out_i . v_j + grad_weights_ij) / (1 - p) - delta_i)
+//   ds_ij = weights_ij (keep_ij (grad_out_i . v_j + grad_weights_ij) / (1 - p) - delta_i + grad_lse_i)
 //
 // A row whose visible keys all lie in one block is normalised within it, and has its delta from it: then a
-// row that sees one key has the weight 1 and no gradient, exactly.
+// row that sees one key has the weight 1 and no gradient but grad_lse's, exactly.
 #pragma once
 
 #include "attention_scores.h"
@@ -53,14 +53,14 @@ FASTFORMER_INLINE float dot_rows(const float* a, const float* b, int64_t count) 
   return reduce_add(sums);
 }
 
-// grads[count] = weights (grads - delta). A hidden key has weight 0, and no gradient whatever grads holds
-// there.
+// grads[count] = weights (grads - delta + grad_lse), in this order: the difference may be exactly 0. A hidden
+// key has weight 0, and no gradient whatever grads holds there.
 __attribute__((noinline)) static void score_gradients(const float* weights, float* grads, float delta,
-                                                      int64_t count) {
-  const F32 deltas = splat(delta);
+                                                      float grad_lse, int64_t count) {
+  const F32 deltas = splat(delta), grads_lse = splat(grad_lse);
   for (int64_t n = 0; n < count; n += kLanes) {
     const F32 weight = load(weights + n);
-    store(grads + n, select(weight == 0.0f, F32{}, weight * (load(grads + n) - deltas)));
+    store(grads + n, select(weight == 0.0f, F32{}, weight * (load(grads + n) - deltas + grads_lse)));
   }
 }
 
@@ -249,18 +249,13 @@ class ScoreTiles {
                    smaller(count, head_->N - first));
       }
       if (decisions) drop(decisions, dropout.threshold, dropout.scale, grads, count);
-      score_gradients(weights, grads, is_whole ? delta_of(i, weights, grads, count) : delta_of(i), count);
+      const float delta = is_whole ? dot_rows(weights, grads, count) : *head_->stats(pass_.delta, i);
+      score_gradients(weights, grads, delta, pass_.grad_lse.data ? *head_->stats(pass_.grad_lse, i) : 0.0f,
+                      count);
       on_gradient(i, n, grads, count);
       if (has_slopes) multiply_by(grads, buffers_.slopes, count);
     }
     if (decisions) drop(decisions, dropout.threshold, dropout.scale, weights, count);
-  }
-
-  float delta_of(int64_t i) const { return *head_->stats(pass_.delta, i); }
-
-  float delta_of(int64_t i, const float* weights, const float* grads, int64_t count) const {
-    const float grad_lse = pass_.grad_lse.data ? *head_->stats(pass_.grad_lse, i) : 0.0f;
-    return dot_rows(weights, grads, count) - grad_lse;
   }
 
   const ScorePass& pass_;

@@ -58,8 +58,11 @@ class Visibility {
     return {larger(0, first - masks_.right - offset_), smaller(M, first + count + masks_.left - offset_)};
   }
 
-  // real[n] = whether any query may see key first + n, windows apart. Returns how many are.
+  // real[n] = whether any query may see key first + n, windows apart. Returns how many are; where all are,
+  // real may be left as it was.
   int64_t real_keys(int64_t first, int64_t count, uint8_t* real) const {
+    const bool is_per_key = padding_ || mask_is_per_key_;
+    if (!is_per_key && first >= keys_.begin && first + count <= keys_.end) return count;
     int64_t sum = 0;
     for (int64_t n = 0; n < count; ++n) {
       const int64_t j = first + n;
