@@ -78,7 +78,7 @@ static void attention_bwd_rows(const AttentionBwd& bwd, WorkQueue& queue) {
   Parts count{nullptr};
   (void)TileBuffers(call, false, count);
   const Scratch scratch(bwd.scores.grad_weights.data ? count.used : 0);
-  Parts parts{scratch.data()};
+  Parts parts{bwd.scores.grad_weights.data ? scratch.data() : nullptr};
   const TileBuffers buffers(call, false, parts);
   for (int64_t item = take(queue); item < queue.count; item = take(queue)) {
     const Head head(call, item / call.H, item % call.H);

@@ -1,4 +1,4 @@
-"""attention with gradients and returned weights at every ISA level: what the contract's tests ask of the best."""
+"""attention with gradients and weights at every ISA level; the contract's own tests see the best level only."""
 
 from __future__ import annotations
 
