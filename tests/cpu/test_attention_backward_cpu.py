@@ -1,4 +1,4 @@
-"""attention with gradients and weights at every ISA level; the contract's own tests see the best level only."""
+"""attention with gradients and weights at every ISA level; the contract's own tests see only the best."""
 
 from __future__ import annotations
 
