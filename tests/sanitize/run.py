@@ -2,8 +2,8 @@
 
     python tests/sanitize/run.py address|thread [arguments of pytest]
 
-Everything lies in build/sanitize/<family>: objects, and a copy of the package with the sanitised extension (the
-working tree's is left alone). The first report ends the tests and fails the run.
+Everything lies in build/sanitize/<family>: objects, and a copy of the package with the sanitised extension;
+the working tree's is left alone. The first report ends the tests and fails the run.
 """
 
 from __future__ import annotations
