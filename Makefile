@@ -23,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests and benchmarks use models that lie on the disk; nothing may wait for a network.
 offline := HF_HUB_OFFLINE=1
 
-.PHONY: test bench build setup lint format wheel clean
+.PHONY: test bench build setup lint format wheel sanitize sanitize-address sanitize-thread clean
 
 test: build
 	$(offline) $(PY) -m pytest $(ARGS)
@@ -71,6 +71,12 @@ wheel: setup
 	rm -rf dist build/lib* build/bdist*
 	$(PY) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 	$(PY) tests/packaging/check_wheel.py dist/*.whl --torch $(TORCH)
+
+# The CPU's kernels under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer. Needs g++.
+sanitize: sanitize-address sanitize-thread
+
+sanitize-address sanitize-thread: sanitize-%: setup
+	$(offline) $(PY) tests/sanitize/run.py $* $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info fastformer/*.so

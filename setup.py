@@ -1,9 +1,10 @@
 """How the extension fastformer._C is compiled: which csrc files, with which flags, and nothing else.
 
 build_ext writes one build.ninja into build/<platform>-<python>, whatever temporary folder pip builds in, so
-that an unchanged rebuild does no work. Two environment variables steer it: FASTFORMER_CUDA=0 leaves the CUDA
-half out, TORCH_CUDA_ARCH_LIST (torch's syntax, "8.0 9.0a 12.0+PTX") names the GPU architectures. CXX and
-CUDA_HOME say which compilers.
+that an unchanged rebuild does no work. Three environment variables steer it: FASTFORMER_CUDA=0 leaves the
+CUDA half out, TORCH_CUDA_ARCH_LIST (torch's syntax, "8.0 9.0a 12.0+PTX") names the GPU architectures,
+FASTFORMER_SANITIZE ("address,undefined" or "thread") makes the CPU half alone for `make sanitize`, in a
+folder of its own. CXX and CUDA_HOME say which compilers.
 
 Without a C++ compiler the package installs as pure Python, without nvcc as its CPU half, and stderr says
 what is missing. A source that does not compile fails the installation.
@@ -29,12 +30,20 @@ from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+SANITIZE = os.environ.get("FASTFORMER_SANITIZE", "")
+if SANITIZE not in ("", "address,undefined", "thread"):
+    raise SystemExit(f"FASTFORMER_SANITIZE must be address,undefined or thread, not {SANITIZE!r}")
 # Relative to ROOT, like every path of our own in build.ninja, so that __FILE__ in messages names csrc/...
-BUILD = Path("build", f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
+PLATFORM = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+BUILD = Path("build", "sanitize", SANITIZE.split(",")[0], PLATFORM) if SANITIZE else Path("build", PLATFORM)
 
 # The oldest libtorch whose stable ABI we may call: 2.11.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-CXX_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CXX_FLAGS = ["-std=c++20", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# Beyond `undefined`: a float out of an integer's range. No report may be passed over.
+SANITIZER_FLAGS = [f"-fsanitize={SANITIZE.replace('undefined', 'undefined,float-cast-overflow')}"]
+SANITIZER_FLAGS += ["-fno-sanitize-recover=all", "-O1", "-g", "-fno-omit-frame-pointer"]
+CXX_FLAGS += SANITIZER_FLAGS if SANITIZE else ["-O3"]
 # Vector loops may select instead of branch, and sqrt need not set errno. Never -ffast-math: NaN and inf are
 # data.
 # A product and a sum round separately unless fma() asks otherwise: all backends owe the same bits there.
@@ -130,6 +139,8 @@ def find_cuda() -> tuple[Nvcc | None, str]:
     """The CUDA compiler to use, or None and the reason why the CUDA half is left out."""
     if os.environ.get("FASTFORMER_CUDA") == "0":
         return None, "FASTFORMER_CUDA=0 was set"
+    if SANITIZE:
+        return None, "FASTFORMER_SANITIZE was set"
     path = find_nvcc_path()
     if path is None:
         return None, "nvcc was not found (CUDA_HOME, PATH, pip's nvidia-cuda-nvcc)"
@@ -197,7 +208,7 @@ def write_ninja(target: Path, compiler: list[str], nvcc: Nvcc | None, no_cuda: s
         link = [str(nvcc.path), "-ccbin", compiler[-1], "-shared", "-cudart", "static", "-nodlink"]
         link += ["-Xlinker=--exclude-libs,ALL", "-Xlinker=-s", *nvcc.library_flags()]
     else:
-        link = [*compiler, "-shared", "-Wl,--exclude-libs,ALL", "-s"]
+        link = [*compiler, "-shared", "-Wl,--exclude-libs,ALL", *(SANITIZER_FLAGS if SANITIZE else ["-s"])]
     ninja.rule("link", link, f"-o $out $in {_escape([f'-L{TORCH_LIB_PATH}'])} -ltorch_cpu", depfile=False)
 
     for source in cuda_sources:
@@ -229,6 +240,11 @@ def write_ninja(target: Path, compiler: list[str], nvcc: Nvcc | None, no_cuda: s
 
 
 class NinjaBuild(build_ext):
+    def run(self) -> None:
+        if SANITIZE and (self.inplace or self.editable_mode):
+            raise SystemExit("FASTFORMER_SANITIZE needs --build-lib: plain Python loads no sanitised _C")
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         if importlib.util.find_spec("torch") is None:
             raise SystemExit("fastformer: install torch before building with --no-build-isolation")

@@ -58,6 +58,7 @@ struct OperandType<BFloat16> {
 FASTFORMER_INLINE F32 load_operands(BFloat16, const BFloat16* p) { return (F32)_mm512_loadu_si512(p); }
 
 FASTFORMER_INLINE F32 load_operands_n(BFloat16, const BFloat16* p, int n) {
+  tell_reads(p, n);
   return (F32)_mm512_maskz_loadu_epi16((__mmask32)((uint64_t{1} << n) - 1), p);
 }
 

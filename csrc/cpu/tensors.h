@@ -29,7 +29,4 @@ Dropout dropout_of(double p, const std::optional<Tensor>& seed);
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Below this many elements a second thread costs more than it saves.
-constexpr int64_t kElementsPerThread = 32768;
-
 }  // namespace fastformer::cpu

@@ -14,11 +14,12 @@
 #include <immintrin.h>
 #endif
 
-#include "../shapes.h"
-
 #if !defined(FASTFORMER_ISA)
 #error "compile with -DFASTFORMER_ISA=avx512bf16|avx512|avx2|sse2|baseline"
 #endif
+
+#include "../shapes.h"
+#include "sanitizers.h"
 
 #define FASTFORMER_INLINE static inline __attribute__((always_inline))
 
@@ -295,6 +296,7 @@ FASTFORMER_INLINE __m256i first_lanes(int n) { return (__m256i)(lane_index() < n
 
 // The first n lanes, 0 <= n <= kLanes, and zeros beyond; memory beyond them is not touched.
 FASTFORMER_INLINE F32 load_n(const float* p, int n) {
+  tell_reads(p, n);
 #if defined(__AVX512F__)
   return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
 #elif defined(__AVX2__)
@@ -310,6 +312,7 @@ FASTFORMER_INLINE F32 load_n(const float* p, int n) {
 
 template <typename T>
 FASTFORMER_INLINE F32 load_n(const T* p, int n) {
+  tell_reads(p, n);
 #if defined(__AVX512F__)
   return widen((U16)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p), T{});
 #else
@@ -322,6 +325,7 @@ FASTFORMER_INLINE F32 load_n(const T* p, int n) {
 }
 
 FASTFORMER_INLINE void store_n(float* p, F32 x, int n) {
+  tell_writes(p, n);
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), x);
 #elif defined(__AVX2__)
@@ -335,6 +339,7 @@ FASTFORMER_INLINE void store_n(float* p, F32 x, int n) {
 
 template <typename T>
 FASTFORMER_INLINE void store_n(T* p, F32 x, int n) {
+  tell_writes(p, n);
   const U16 bits = narrow(x, T{});
 #if defined(__AVX512F__)
   _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)bits);
@@ -364,6 +369,7 @@ FASTFORMER_INLINE T from_float(float x) {
 // Stores that go past the caches, for output too large to be read soon. p must be aligned to the bytes
 // stored (kLanes elements); stream_fence() orders them before the worker hands its rows over.
 FASTFORMER_INLINE void stream(float* p, F32 x) {
+  tell_writes(p, kLanes);
 #if defined(__AVX512F__)
   _mm512_stream_ps(p, x);
 #elif defined(__AVX2__)
@@ -377,6 +383,7 @@ FASTFORMER_INLINE void stream(float* p, F32 x) {
 
 template <typename T>
 FASTFORMER_INLINE void stream(T* p, F32 x) {
+  tell_writes(p, kLanes);
 #if defined(__AVX512F__)
   _mm256_stream_si256((__m256i*)p, (__m256i)narrow(x, T{}));
 #elif defined(__AVX2__)
