@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "--grid",
         choices=("default", "full"),
         default="default",
-        help="full: attention's every kind on every shape, both ways, in fewer passes: most of an hour",
+        help="full: attention's every kind at every length, both ways, in fewer passes: up to an hour",
     )
     parser.add_argument("--only", nargs="+", choices=MODULES, default=MODULES, help="these parts alone")
     parser.add_argument(

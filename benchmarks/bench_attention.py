@@ -32,17 +32,19 @@ def _shapes(grid: Grid, operator: str) -> list[tuple[str, tuple[int, int, int, i
     long = ("long", (batch(2), 4, 2048, 64))
     if grid.quick:
         return [("minilm", (batch(4), 12, 128, 32), KINDS)]
+    few = ("full", "causal", "padded")
     if grid.full:
-        others = [
+        lengths = [
             ("bert-base", (batch(64), 12, 32, 64)),
             ("bert-base", (batch(16), 12, 128, 64)),
-            ("long", (batch(2), 2, 4096, 64)),
-            ("wide", (batch(2), 8, 512, 128)),
+            bert_base,
+            long,
+            ("long", (batch(2), 1, 4096, 64)),
         ]
-        return [(label, shape, KINDS) for label, shape in (minilm, bert_base, long, *others)]
+        wide = ("wide", (batch(2), 8, 512, 128), few)
+        return [*((*labelled, KINDS) for labelled in lengths), (*minilm, few), wide]
     if operator == "attention_training":
         return [(*minilm, ("full",)), (*bert_base, KINDS)]
-    few = ("full", "causal", "padded")
     return [(*minilm, few), (*bert_base, KINDS), (*long, few)]
 
 

@@ -20,7 +20,7 @@ CONTENDERS = ("naive", "torch", "compile", "fastformer")
 
 @dataclass(frozen=True)
 class Grid:
-    """Where and how much to measure; `full` is every kind on every shape."""
+    """Where and how much to measure; `full` is every kind at every length."""
 
     device: str
     quick: bool = False
