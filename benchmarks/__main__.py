@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import machine, memory, report
-from benchmarks.case import Grid
-from benchmarks.results import pooled
+from benchmarks.case import Grid, thread_counts
+from benchmarks.results import pooled, spread
 
 FOLDER = Path(__file__).parent
 # Below it rich would cut figures; a narrow terminal wraps the lines instead.
-TABLE_WIDTH = 140
+TABLE_WIDTH = 150
 # `--only NAME` runs bench_NAME.py.
-MODULES = ("attention", "norm", "feed_forward", "launch", "sentence_encoder")
+MODULES = ("attention", "decode", "norm", "feed_forward", "launch", "sentence_encoder")
 PYTEST_OPTIONS = ["-q", "-rs", "-W", "ignore", "-p", "no:cacheprovider", "--capture=no", "--benchmark-quiet"]
 PYTEST_OPTIONS += ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"]
 
@@ -55,19 +55,15 @@ class ProgressBar:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 0: all is right. 1: a fastformer row is not, or the benchmark itself broke."""
     options = _parser().parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    grid = Grid(options.device, options.quick)
+    grid = Grid(options.device, options.quick, options.grid == "full", options.threads)
     console = Console(stderr=True)
     with _progress(console) as progress:
-        before = machine.matmul_gflops(grid.device, torch.float32)
+        before = _matmul(grid, ["float32"])
         raw = _timed(options, progress)
         if raw is None:
             return 1
         found = _memory(grid, progress) if "sentence_encoder" in options.only else []
-        peaks = {dtype: machine.matmul_gflops(grid.device, getattr(torch, dtype)) for dtype in _dtypes(raw)}
-    after = peaks.get("float32", before)
-    peaks["float32"] = max(before, after)
+        after = _matmul(grid, list(dict.fromkeys(["float32", *(row["dtype"] for row in raw["rows"])])))
     results = {
         "run": machine.description(grid.device)
         | {"commit": raw["commit_info"].get("id"), "dirty": raw["commit_info"].get("dirty")}
@@ -75,8 +71,10 @@ def main(arguments: list[str] | None = None) -> int:
             "when": raw["datetime"][:16].replace("T", " ") + " UTC",
             "passes": grid.passes,
             "quick": grid.quick,
+            "threads": list(grid.threads),
         }
-        | {"matmul_gflops": peaks, "matmul_before": before, "matmul_after": after},
+        | {"matmul_gflops": _best(before, after), "matmul_before": before, "matmul_after": after}
+        | {"fma_gflops": {threads: spread(found) for threads, found in raw["fma_gflops"].items() if found}},
         "rows": pooled(raw),
         "memory": found,
     }
@@ -92,8 +90,20 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="small shapes in float32, fewer passes, no torch.compile: under a minute",
     )
+    parser.add_argument(
+        "--grid",
+        choices=("default", "full"),
+        default="default",
+        help="full: attention's every kind at every length, both ways, in fewer passes: up to an hour",
+    )
     parser.add_argument("--only", nargs="+", choices=MODULES, default=MODULES, help="these parts alone")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--threads",
+        type=_thread_counts,
+        default=(torch.get_num_threads(),),
+        metavar="N,...",
+        help="CPU threads; several, such as 1,all, take turns in one run (default: all, that is torch's)",
+    )
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
@@ -102,6 +112,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--report", type=Path, default=FOLDER / "report", help="folder for the report")
     return parser
+
+
+def _thread_counts(text: str) -> tuple[int, ...]:
+    try:
+        return thread_counts(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 @contextlib.contextmanager
@@ -118,7 +135,8 @@ def _timed(options: argparse.Namespace, progress: Progress) -> dict | None:
         raw = Path(folder) / "raw.json"
         arguments = [str(FOLDER / f"bench_{name}.py") for name in options.only]
         arguments += [f"--rootdir={FOLDER.parent}", f"--device={options.device}", f"--benchmark-json={raw}"]
-        arguments += ["--quick"] * options.quick + PYTEST_OPTIONS
+        arguments += ["--quick"] * options.quick + [f"--grid={options.grid}"] + PYTEST_OPTIONS
+        arguments.append(f"--threads={','.join(map(str, options.threads))}")
         with contextlib.redirect_stdout(printed):
             status = pytest.main(arguments, plugins=[ProgressBar(progress)])
         # Where nothing was right pytest-benchmark writes nothing; what was printed says why.
@@ -132,15 +150,29 @@ def _memory(grid: Grid, progress: Progress) -> list[dict]:
     task = progress.add_task("peak memory of the sentence encoder", total=len(grid.contenders))
     found = []
     for contender in grid.contenders:
-        measured = memory.in_fresh_process(contender, grid, torch.get_num_threads())
+        measured = memory.in_fresh_process(contender, grid, max(grid.threads))
         bytes_, detail = (measured, "") if isinstance(measured, int) else (None, measured)
         found.append({"contender": contender, "peak_bytes": bytes_, "detail": detail})
         progress.advance(task)
     return found
 
 
-def _dtypes(raw: dict) -> list[str]:
-    return list(dict.fromkeys(row["dtype"] for row in raw["rows"]))
+def _matmul(grid: Grid, dtypes: list[str]) -> dict[str, dict[str, float]]:
+    """Threads -> dtype -> GFLOP/s of a large matrix product; in JSON all keys are strings."""
+    found = {}
+    for threads in grid.threads:
+        torch.set_num_threads(threads)
+        found[str(threads)] = {
+            dtype: machine.matmul_gflops(grid.device, getattr(torch, dtype)) for dtype in dtypes
+        }
+    return found
+
+
+def _best(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> dict:
+    return {
+        threads: {dtype: max(found, before[threads].get(dtype, 0.0)) for dtype, found in dtypes.items()}
+        for threads, dtypes in after.items()
+    }
 
 
 def _tell(results: dict, folder: Path) -> None:

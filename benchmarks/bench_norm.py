@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import fastformer
-from benchmarks.case import Case, Grid, Rivals, compiled
+from benchmarks.case import Case, Grid, Rivals, forward, serving
 
 OPERATORS = ("layer_norm", "add_norm")
 
@@ -36,14 +36,9 @@ def _case(operator: str, label: str, shape: tuple[int, int], dtype: torch.dtype,
         operator=operator,
         name=f"{label} {rows}x{columns}",
         dtype=dtype,
-        contenders={
-            "naive": rivals.naive,
-            "torch": rivals.torch,
-            "compile": compiled(rivals.torch),
-            "fastformer": rivals.fastformer,
-        },
+        contenders=rivals.contenders(rivals.torch, forward),
         draw=draw,
-        backend=rivals.backend,
+        backend=serving(rivals.fastformer),
     )
 
 
@@ -67,16 +62,8 @@ RIVALS = {
         naive=layer_norm_naive,
         torch=lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias),
         fastformer=lambda x, weight, bias: fastformer.layer_norm(x, weight.shape, weight, bias),
-        backend=lambda x, weight, bias: (
-            fastformer.explain(fastformer.layer_norm, x, weight.shape, weight, bias).backend
-        ),
     ),
-    "add_norm": Rivals(
-        naive=add_norm_naive,
-        torch=add_norm_torch,
-        fastformer=fastformer.add_norm,
-        backend=lambda *inputs: fastformer.explain(fastformer.add_norm, *inputs).backend,
-    ),
+    "add_norm": Rivals(naive=add_norm_naive, torch=add_norm_torch, fastformer=fastformer.add_norm),
 }
 
 

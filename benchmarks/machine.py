@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -16,7 +18,6 @@ def description(device: str) -> dict:
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "device_type": device,
-        "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -38,6 +39,27 @@ def matmul_gflops(device: str, dtype: torch.dtype, seconds: float = 0.3) -> floa
         torch.mm(left, right, out=out)
         best = min(best, clock() - start)
     return 2 * size**3 / best / 1e9
+
+
+def fma_gflops(threads: int, seconds: float = 0.005) -> list[float]:
+    """One measurement of `threads` cores that multiply and add float32 in registers, all at once.
+
+    Empty where there is no extension to do it.
+    """
+    try:
+        from fastformer import _C
+    except ImportError:
+        return []
+    # A pool of threads that has just worked spins for a while before it sleeps.
+    time.sleep(0.005)
+    together = threading.Barrier(threads)
+
+    def one_of_them(_: int) -> float:
+        together.wait()
+        return _C.fma_rate(seconds)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return [sum(pool.map(one_of_them, range(threads))) / 1e9]
 
 
 def _version(package: str) -> str | None:

@@ -11,27 +11,52 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from benchmarks.case import CONTENDERS
-from benchmarks.results import by_case, speedup
+from benchmarks.results import CaseKey, by_case, speedup
 
 COLOURS = {"naive": "#b9b9b9", "torch": "#ee854a", "compile": "#8c70c4", "fastformer": "#2a78b8"}
 LONGEST_BAR = 4.0
+# A picture with more lines than this is no longer seen at once: it is drawn by kinds.
+MOST_LINES = 30
+# Of these operators the overview shows these kinds, each in a line of its own; of all others, every kind
+# together in one line.
+OVERVIEW_KINDS = {
+    "attention": ("full", "causal", "padded"),
+    "attention_training": ("full", "causal", "dropout", "bias"),
+}
 # The same data give the same file, so that a committed picture changes only with its figures.
 matplotlib.rcParams["svg.hashsalt"] = "fastformer"
 matplotlib.rcParams["svg.fonttype"] = "none"
 matplotlib.rcParams["font.family"] = "sans-serif"
 
 
-def draw(results: dict, directory: Path) -> dict[str, str]:
-    """One SVG for each operator and `overview.svg`; returns name -> file name."""
-    cases = by_case(results["rows"])
+def draw(results: dict, directory: Path) -> dict[str, list[str]]:
+    """SVGs of each operator, and `overview.svg`; returns name -> file names.
+
+    Of a run with several thread counts they show the largest: the tables have all.
+    """
+    most = max(results["run"]["threads"])
+    cases = {key: rows for key, rows in by_case(results["rows"]).items() if key.threads == most}
     drawn = {}
-    for operator in dict.fromkeys(key[0] for key in cases):
-        chosen = {key: value for key, value in cases.items() if key[0] == operator}
-        drawn[operator] = _save(_times(chosen), directory / f"{operator}.svg")
+    for operator in dict.fromkeys(key.operator for key in cases):
+        chosen = {key: rows for key, rows in cases.items() if key.operator == operator}
+        drawn[operator] = [
+            _save(_times(part), directory / f"{name}.svg")
+            for name, part in _pictures(operator, chosen).items()
+        ]
     groups = _ratios_by_group(cases)
     if groups:
-        drawn["overview"] = _save(_overview(groups, results["run"]), directory / "overview.svg")
+        drawn["overview"] = [_save(_overview(groups, results["run"]), directory / "overview.svg")]
     return drawn
+
+
+def _pictures(operator: str, cases: dict[CaseKey, dict]) -> dict[str, dict[CaseKey, dict]]:
+    """An operator's cases by the picture that they are drawn in."""
+    if len(cases) <= MOST_LINES:
+        return {operator: cases}
+    found: dict[str, dict[CaseKey, dict]] = {}
+    for key, rows in cases.items():
+        found.setdefault(f"{operator}_{key.kind}", {})[key] = rows
+    return found
 
 
 def _times(cases: dict) -> Figure:
@@ -43,19 +68,22 @@ def _times(cases: dict) -> Figure:
         _bars(axes, index, len(CONTENDERS), ratios, left=0.0, colour=COLOURS[contender], label=contender)
     axes.set_xlim(0, LONGEST_BAR * 1.08)
     axes.set_xlabel(f"time, torch = 1 (shorter is better; cut at {LONGEST_BAR:.0f})")
-    _finish(axes, [f"{case} {dtype}" for _, case, dtype in cases])
+    _finish(axes, [f"{key.case} {key.dtype}" for key in cases])
     return figure
 
 
-def _ratios_by_group(cases: dict) -> dict[str, dict[str, float]]:
-    """ "operator dtype" -> rival -> geometric mean over its cases of how much faster fastformer is."""
+def _ratios_by_group(cases: dict[CaseKey, dict]) -> dict[str, dict[str, float]]:
+    """ "operator kind dtype" -> rival -> geometric mean over its cases of how much faster fastformer is."""
     found: dict[str, dict[str, list[float]]] = {}
-    for (operator, case, dtype), contenders in cases.items():
-        kind = f" {case.split()[0]}" if operator == "attention" else ""
+    for key, contenders in cases.items():
+        kinds = OVERVIEW_KINDS.get(key.operator)
+        if kinds and key.kind not in kinds:
+            continue
+        group = " ".join((key.operator, *([key.kind] if kinds else []), key.dtype))
         for rival in CONTENDERS[:-1]:
             ratio = speedup(contenders, over=rival)
             if ratio is not None:
-                found.setdefault(f"{operator}{kind} {dtype}", {}).setdefault(rival, []).append(ratio)
+                found.setdefault(group, {}).setdefault(rival, []).append(ratio)
     return {
         group: {rival: statistics.geometric_mean(ratios) for rival, ratios in rivals.items()}
         for group, rivals in found.items()
@@ -75,7 +103,7 @@ def _overview(groups: dict[str, dict[str, float]], run: dict) -> Figure:
     axes.set_xlabel(
         "how many times faster fastformer is (geometric mean over the cases; left of the line: slower)"
     )
-    title = f"{run['device']}, {run['threads']} threads, torch {run['versions']['torch']}"
+    title = f"{run['device']}, {max(run['threads'])} threads, torch {run['versions']['torch']}"
     axes.set_title(title, fontsize=9, pad=22)
     _finish(axes, list(groups))
     return figure

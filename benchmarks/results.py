@@ -1,10 +1,24 @@
-"""Pooling of the passes: one row for each (case, contender), with all its rounds and their median."""
+"""Pooling of the passes: a row for each (case, threads, contender), with all its rounds and their median."""
 
 from __future__ import annotations
 
 import statistics
+from typing import NamedTuple
 
 from benchmarks.case import CONTENDERS
+
+
+class CaseKey(NamedTuple):
+    """What the rows that are compared with one another have in common."""
+
+    operator: str
+    case: str
+    dtype: str
+    threads: int
+
+    @property
+    def kind(self) -> str:
+        return self.case.split()[0]
 
 
 def pooled(raw: dict) -> list[dict]:
@@ -14,33 +28,28 @@ def pooled(raw: dict) -> list[dict]:
         rounds.setdefault(entry["extra_info"]["row"], []).extend(entry["stats"]["data"])
     rows = []
     for found in raw["rows"]:
-        row = {name: found[name] for name in ("operator", "case", "dtype", "contender", "status", "detail")}
-        row |= {"backend": found["backend"], "flops": found["flops"], "calls_per_round": found["iterations"]}
-        row["peak_bytes"] = found["peak_bytes"]
-        row["seconds"] = rounds.get(f"{row['operator']} {row['case']} {row['dtype']} {row['contender']}", [])
-        row |= _summary(row["seconds"])
+        names = ("operator", "case", "dtype", "threads", "contender")
+        row = {name: found[name] for name in (*names, "status", "detail", "backend", "flops", "peak_bytes")}
+        row["calls_per_round"] = found["iterations"]
+        row["seconds"] = rounds.get(" ".join(str(row[name]) for name in names), [])
+        row |= spread(row["seconds"], "_s")
         rows.append(row)
     return sorted(rows, key=lambda row: CONTENDERS.index(row["contender"]))
 
 
-def _summary(seconds: list[float]) -> dict:
-    if not seconds:
-        return {"median_s": None, "low_s": None, "high_s": None}
-    ordered = sorted(seconds)
-    quarter = len(ordered) // 4
-    # The middle half of the rounds: on a shared machine the extremes tell about the neighbours.
-    return {
-        "median_s": statistics.median(ordered),
-        "low_s": ordered[quarter],
-        "high_s": ordered[-1 - quarter],
-    }
+def spread(values: list[float], unit: str = "") -> dict[str, float | None]:
+    """Median, and the middle half's ends: on a shared machine the extremes tell about the neighbours."""
+    ordered, quarter = sorted(values), len(values) // 4
+    found = (statistics.median(ordered), ordered[quarter], ordered[-1 - quarter]) if ordered else (None,) * 3
+    return {name + unit: value for name, value in zip(("median", "low", "high"), found, strict=True)}
 
 
-def by_case(rows: list[dict]) -> dict[tuple[str, str, str], dict[str, dict]]:
-    """(operator, case, dtype) -> contender -> row, in the order in which they were run."""
-    cases: dict[tuple[str, str, str], dict[str, dict]] = {}
+def by_case(rows: list[dict]) -> dict[CaseKey, dict[str, dict]]:
+    """contender -> row for each case, in the order in which they were run."""
+    cases: dict[CaseKey, dict[str, dict]] = {}
     for row in rows:
-        cases.setdefault((row["operator"], row["case"], row["dtype"]), {})[row["contender"]] = row
+        key = CaseKey(row["operator"], row["case"], row["dtype"], row["threads"])
+        cases.setdefault(key, {})[row["contender"]] = row
     return cases
 
 
@@ -50,8 +59,18 @@ def speedup(contenders: dict[str, dict], over: str, of: str = "fastformer") -> f
     return theirs / ours if ours and theirs else None
 
 
-def peak_fraction(row: dict, matmul_gflops: dict[str, float]) -> float | None:
-    """Needed floating-point operations over what the run's matrix product would have done in that time."""
-    if not row["flops"] or not row["median_s"]:
-        return None
-    return row["flops"] / row["median_s"] / 1e9 / matmul_gflops[row["dtype"]]
+def gflops(row: dict) -> float | None:
+    """Floating-point operations that the result needs, in the time that it took."""
+    return row["flops"] / row["median_s"] / 1e9 if row.get("flops") and row["median_s"] else None
+
+
+def fma_fraction(row: dict, run: dict) -> float | None:
+    """`gflops` over the float32 multiply-adds that as many cores do in registers; CPU only."""
+    rate, peak = gflops(row), run["fma_gflops"].get(str(row.get("threads")))
+    return rate / peak["median"] if rate and peak else None
+
+
+def matmul_fraction(row: dict, run: dict) -> float | None:
+    """`gflops` over those of the run's large matrix product in the same dtype, with as many threads."""
+    rate = gflops(row)
+    return rate / run["matmul_gflops"][str(row["threads"])][row["dtype"]] if rate else None

@@ -2,6 +2,7 @@
 // tells how it was built. setup.py passes the FASTFORMER_* facts.
 #include <pybind11/pybind11.h>
 
+#include <chrono>
 #include <string>
 
 #include "cpu/launch.h"
@@ -44,6 +45,22 @@ py::dict build_info() {
   return facts;
 }
 
+// float32 operations a second of multiply-adds on registers alone, on this thread and at the level in use.
+double fma_rate(double seconds) {
+  using Clock = std::chrono::steady_clock;
+  const auto start = Clock::now();
+  double operations = 0, elapsed = 0;
+  volatile float kept = 0;
+  do {
+    float sum;
+    operations += fastformer::cpu::kernels().run_fma(int64_t{1} << 14, sum);
+    kept = sum;
+    elapsed = std::chrono::duration<double>(Clock::now() - start).count();
+  } while (elapsed < seconds);
+  static_cast<void>(kept);
+  return operations / elapsed;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -53,4 +70,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &fastformer::cpu::isa_level, "The instruction set level in use.");
   m.def("set_isa", &fastformer::cpu::set_isa_level, py::arg("level"),
         "Take another level, for tests; False where it was not built or the machine lacks it.");
+  m.def("fma_rate", &fma_rate, py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
+        "Operations a second of float32 multiply-adds on registers alone: one thread's peak.");
 }

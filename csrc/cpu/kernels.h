@@ -47,6 +47,8 @@ struct Kernels {
   const NormKernels& norm;
   const AttentionKernels& attention;
   const FeedForwardKernels& feed_forward;
+  // See peak.h.
+  double (*run_fma)(int64_t rounds, float& sum);
 };
 
 // One for each level that the build compiled.
