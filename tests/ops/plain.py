@@ -30,6 +30,12 @@ def attention_allowed(M, N, *, causal=False, window=None, corner=None, device="c
     return allowed
 
 
+def toeplitz(relative_bias, M, N):
+    """[H or 1, M, N]: entry j - i + M - 1 at (i, j)."""
+    device = relative_bias.device
+    return relative_bias[:, torch.arange(N, device=device) - torch.arange(M, device=device)[:, None] + M - 1]
+
+
 def attention(
     query,
     key,
@@ -78,8 +84,7 @@ def attention(
     if bias is not None:
         scores = scores + bias
     if relative_bias is not None:
-        index = torch.arange(N, device=device)[None, :] - torch.arange(M, device=device)[:, None] + M - 1
-        scores = scores + relative_bias[:, index]
+        scores = scores + toeplitz(relative_bias, M, N)
     scores = torch.where(allowed, scores, -torch.inf)
     if sink is not None:
         scores = torch.cat([scores, sink[None, :, None, None].expand(B, H, M, 1)], -1)
@@ -89,14 +94,17 @@ def attention(
     alive = torch.where(dead, 0.0, scores)
     if scores.shape[-1]:
         weights = torch.where(dead, 0.0, alive.softmax(-1))
-        lse = torch.where(dead[..., 0], -torch.inf, alive.logsumexp(-1))
+        # Of scores near finfo.min, where lse is the largest of them, logsumexp's own gradient is 1 for each.
+        pivot = alive.detach().amax(-1, keepdim=True)
+        lse = torch.where(dead, -torch.inf, pivot + (alive - pivot).logsumexp(-1, keepdim=True))[..., 0]
     else:
         weights, lse = scores, torch.full(scores.shape[:-1], -torch.inf, dtype=scores.dtype)
     weights = weights[..., :N]
     if keep is not None:
         weights = torch.where(keep, weights * keep_scale, 0.0)
 
-    results = [weights.to(value.dtype) @ value]
+    weights = weights.to(value.dtype)  # float32 where the bias is and query is not
+    results = [weights @ value]
     if return_lse:
         results.append(lse if lse.dtype == torch.float64 else lse.float())
     if return_weights == "mean":
@@ -106,36 +114,54 @@ def attention(
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def packed_attention(
-    query,
-    key,
-    value,
-    *,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    relative_bias=None,
-    keep=None,
-    return_lse=False,
-    **arguments,
-):
-    """Sequence after sequence. query [total, H, D]; `keep` lists a [1, H, M, N] for each sequence."""
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    longest_q = max((b - a for a, b in pairwise(starts_q)), default=0)
-    outs, lses = [], []
-    for index, ((m0, m1), (n0, n1)) in enumerate(zip(pairwise(starts_q), pairwise(starts_k), strict=True)):
+def sequences(query, key, value, *, cu_seqlens_q, cu_seqlens_k, mask=None, bias=None, **arguments):
+    """The arguments of `attention` for each packed sequence. query [total, H, D]; mask and bias are of the
+    longest sequences, [S, H, max M, max N]; `keep` lists a [1, H, M, N] for each sequence."""
+    spans_q, spans_k = (list(pairwise(starts.tolist())) for starts in (cu_seqlens_q, cu_seqlens_k))
+    longest_q, longest_k = (
+        max((end - start for start, end in spans), default=0) for spans in (spans_q, spans_k)
+    )
+    shape = (len(spans_q), query.shape[1], longest_q, longest_k)
+    mask, bias = (t if t is None else t.expand(shape) for t in (mask, bias))
+    for index, ((m0, m1), (n0, n1)) in enumerate(zip(spans_q, spans_k, strict=True)):
         rows, columns = m1 - m0, n1 - n0
-        if relative_bias is not None:
+        of_sequence = dict(arguments)
+        for name, tensor in (("query", query[m0:m1]), ("key", key[n0:n1]), ("value", value[n0:n1])):
+            of_sequence[name] = tensor.transpose(0, 1)[None]
+        for name, tensor in (("mask", mask), ("bias", bias)):
+            if tensor is not None:
+                of_sequence[name] = tensor[index : index + 1, :, :rows, :columns]
+        if arguments.get("relative_bias") is not None:
             # Entry (j - i + longest_q - 1), so a shorter sequence reads from further in.
             first = longest_q - rows
-            arguments["relative_bias"] = relative_bias[:, first : first + max(rows + columns - 1, 0)]
-        if keep is not None:
-            arguments["keep"] = keep[index]
-        q, k, v = (t.transpose(0, 1)[None] for t in (query[m0:m1], key[n0:n1], value[n0:n1]))
-        out, lse = attention(q, k, v, return_lse=True, **arguments)
+            of_sequence["relative_bias"] = arguments["relative_bias"][
+                :, first : first + max(rows + columns - 1, 0)
+            ]
+        if arguments.get("keep") is not None:
+            of_sequence["keep"] = arguments["keep"][index]
+        yield of_sequence
+
+
+def packed_attention(query, key, value, *, return_lse=False, return_weights=False, **arguments):
+    """Sequence after sequence; weights are of the longest sequences, with zeros beyond the others' ends."""
+    outs, lses, all_weights = [], [], []
+    for of_sequence in sequences(query, key, value, **arguments):
+        results = attention(**of_sequence, return_lse=True, return_weights=return_weights or True)
+        out, lse, weights = results
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])
-    out = torch.cat(outs) if outs else query.new_zeros(*query.shape[:2], value.shape[-1])
-    return (out, torch.cat(lses, 1)) if return_lse else out
+        all_weights.append(weights)
+    results = [torch.cat(outs) if outs else query.new_zeros(*query.shape[:2], value.shape[-1])]
+    if return_lse:
+        results.append(torch.cat(lses, 1))
+    if return_weights:
+        longest_q, longest_k = (max(w.shape[dim] for w in all_weights) for dim in (-2, -1))
+        results.append(
+            torch.cat(
+                [F.pad(w, (0, longest_k - w.shape[-1], 0, longest_q - w.shape[-2])) for w in all_weights]
+            )
+        )
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 def norm(s, weight=None, bias=None, *, kind="layer", eps=1e-5):

@@ -10,9 +10,9 @@ import torch
 from hypothesis import strategies as st
 
 import fastformer
-from fastformer.testing import LAYOUTS, feed_forward_inputs
+from fastformer.testing import LAYOUTS, feed_forward_inputs, outputs_and_gradients
 
-from . import plain
+from . import philox, plain
 from .judging import BACKENDS, DTYPES, assert_reference_means_plain, judge, skip_unless_built, without_grad
 
 ACTIVATIONS = (*plain.ACTIVATIONS, *plain.GATED_ACTIVATIONS)
@@ -25,9 +25,6 @@ def call(activation, *rows, **more):
 
 
 def judge_all(inputs, backend, **more):
-    """The cpu backend serves the forward alone in this release."""
-    if backend == "cpu":
-        inputs = without_grad(inputs)
     judge(fastformer.feed_forward, plain.feed_forward, inputs, backend=backend, **more)
 
 
@@ -51,9 +48,24 @@ def test_every_activation(backend, activation, dtype, bias):
 
 @pytest.mark.parametrize("activation", ("gelu", "swiglu"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_recompute(dtype, activation):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_recompute(backend, dtype, activation):
     inputs = call(activation, 3, 7, dtype=dtype)
-    judge_all(inputs, None, fn_only={"recompute": True})
+    judge_all(inputs, backend, fn_only={"recompute": True})
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_computed_again_is_what_was_saved(activation):
+    """Backward from x alone gives the gradients of backward from the saved pre-activation."""
+    for dtype in DTYPES:
+        inputs = call(activation, 70, dtype=dtype)
+        saved, again = (
+            outputs_and_gradients(fastformer.feed_forward, **inputs, recompute=recompute)
+            for recompute in (False, True)
+        )
+        assert torch.equal(saved["out0"], again["out0"])
+        for name in saved:
+            torch.testing.assert_close(saved[name], again[name])
 
 
 # E, F, E_out: one element, odd, exact tiles, past a tile.
@@ -85,18 +97,20 @@ def test_layouts(backend, activation, layout):
 
 
 @pytest.mark.parametrize("needs", ("x", "w1", "b1", "w_gate", "b_gate", "w2", "b2"))
-def test_gradient_of_one_input_alone(needs):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_of_one_input_alone(backend, needs):
     inputs = without_grad(call("swiglu", 3, 7))
     inputs[needs].requires_grad_()
-    judge_all(inputs, None)
+    judge_all(inputs, backend)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_forward_of_cpu_tensors_goes_to_cpu(activation):
+def test_cpu_tensors_go_to_cpu_in_both_directions(activation):
     skip_unless_built("cpu")
     for dtype in DTYPES:
-        inputs = call(activation, 3, 7, dtype=dtype, requires_grad=False)
-        assert fastformer.explain(fastformer.feed_forward, **inputs).backend == "cpu"
+        inputs = call(activation, 3, 7, dtype=dtype)
+        chosen = fastformer.explain(fastformer.feed_forward, **inputs)
+        assert chosen.backends == {"feed_forward_fwd": "cpu", "feed_forward_bwd": "cpu"}, str(chosen)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -138,16 +152,29 @@ def calls(draw):
     )
 
 
-@hypothesis.given(calls(), st.sampled_from(BACKENDS))
-def test_any_call(inputs, backend):
-    judge_all(inputs, backend)
+@hypothesis.given(calls(), st.sampled_from(BACKENDS), st.booleans())
+def test_any_call(inputs, backend, recompute):
+    judge_all(inputs, backend, fn_only={"recompute": recompute})
+
+
+@hypothesis.given(calls(), st.sampled_from((0.1, 0.5, 0.75)), st.integers(-(2**63), 2**63 - 1), st.booleans())
+def test_any_call_with_dropout(inputs, p, seed, recompute):
+    rows, F = inputs["x"].shape[:-1], inputs["w1"].shape[0]
+    keep = philox.feed_forward_keep(rows.numel(), F, seed, p).view(*rows, F)
+    scale = 65536 / (65536 - philox.threshold(p))
+    judge_all(
+        inputs,
+        "cpu",
+        fn_only={"dropout_p": p, "seed": seed, "recompute": recompute},
+        plain_only={"keep": keep, "keep_scale": scale},
+    )
 
 
 @pytest.mark.slow
 @hypothesis.settings(max_examples=2000)
-@hypothesis.given(calls(), st.sampled_from(BACKENDS))
-def test_many_calls(inputs, backend):
-    judge_all(inputs, backend)
+@hypothesis.given(calls(), st.sampled_from(BACKENDS), st.booleans())
+def test_many_calls(inputs, backend, recompute):
+    judge_all(inputs, backend, fn_only={"recompute": recompute})
 
 
 def test_gated_forms_multiply_by_the_ungated_product():
