@@ -168,6 +168,14 @@ struct ScoreSum {
 
 enum class Activation : int32_t { kRelu, kGelu, kGeluTanh, kSilu, kRelu2 };
 
+// [rows, columns] with contiguous columns, of a call's dtype or of operands: what that dtype is multiplied
+// as.
+struct RowMatrix {
+  const void* data = nullptr;
+  int64_t row_stride = 0, rows = 0, columns = 0;
+  bool operands = false;
+};
+
 // A weight as torch.nn.Linear holds it: [rows out, columns in], columns contiguous.
 struct Weight {
   const void* data = nullptr;
@@ -177,8 +185,6 @@ struct Weight {
 // out = dropout(act(x w1^T + b1)) w2^T + b2, gated: act(x w_gate^T + b_gate) * (x w1^T + b1), for one block
 // of rows. The hidden rows are whole, so that threads may share the block by columns in both products.
 struct FeedForwardFwd {
-  const void* x;  // [rows, E], columns contiguous
-  int64_t x_row_stride;
   Weight w1, w_gate, w2;          // [F, E], [F, E] or null, [E_out, F]
   const float *b1, *b_gate, *b2;  // [F], [F], [E_out]; null: 0
   void *pre, *pre_gate;           // [rows, F] contiguous; null where they are not wanted
@@ -192,6 +198,43 @@ struct FeedForwardFwd {
   Activation activation;
   DType dtype;
   Dropout dropout;
+};
+
+// The gradients of FeedForwardFwd for one block of rows. Each dw and db sums over blocks.
+struct FeedForwardBwd {
+  const void *pre, *pre_gate;  // [rows, F] contiguous; null: computed again from x_operands
+  Weight w1, w_gate, w2;       // [F, E], [F, E] or null, [E_out, F]
+  const float *b1, *b_gate;    // [F]; null: 0
+  void* dx;                    // [rows, E] contiguous; null where it is not needed
+  double *db1, *db_gate;       // [F]; null where they are not needed
+  // Scratch, of elements as the level multiplies them; null where nothing needs it. What padding rows hold
+  // reaches no result.
+  void* grad_operands;  // [padded_rows, grad_stride]: grad_out, with zero rows and columns around it
+  void* x_operands;     // [padded_rows, x_stride], like it
+  // [padded_rows, hidden_stride]: what w2 met, and the gradients of pre and pre_gate.
+  void *hidden, *dpre, *dgate;
+  int64_t rows, padded_rows, E, F, E_out;
+  int64_t grad_stride, x_stride, hidden_stride;
+  int64_t first_row;  // of this block in the whole x: dropout counts from there
+  Activation activation;
+  DType dtype;
+  Dropout dropout;
+};
+
+// Products of at most this depth are summed in one part.
+constexpr int64_t kDepthBlock = 512;
+
+// dw[M, N] = sum over rows of left[row, M] right[row, N], for one block of rows.
+struct WeightGradient {
+  const void* left;  // [M up to whole steps, left_stride]: transposed, as operands
+  int64_t left_stride;
+  RowMatrix right;  // [rows, N]
+  void* dw;         // [M, N] contiguous
+  float* sums;      // as dw: what earlier parts gave. dw itself where that is float32,
+                    // null where it is not and there is one part
+  int64_t M;
+  bool first, last;  // of the blocks
+  DType dtype;       // of dw
 };
 
 }  // namespace fastformer

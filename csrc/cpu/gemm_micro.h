@@ -88,7 +88,8 @@ struct Tile {
     }
   }
 
-  __attribute__((always_inline)) void store_to(float* c, int64_t ldc) const {
+  template <typename T>
+  __attribute__((always_inline)) void store_to(T* c, int64_t ldc) const {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4

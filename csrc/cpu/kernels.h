@@ -34,12 +34,26 @@ struct AttentionKernels {
 };
 
 struct FeedForwardKernels {
-  // In bytes: what x and the hidden rows are multiplied as, float32 or narrower.
+  // In bytes: what elements of `dtype` are multiplied as, float32 or narrower.
   int64_t (*operand_size)(DType dtype);
-  // The stages of one block of rows, in this order.
-  void (*pack)(const FeedForwardFwd& call, int64_t row_begin, int64_t row_end);
+  // Operands of rows of a matrix of `dtype`, with zeros up to `stride`; the last rows bring the padding.
+  void (*pack_rows)(const RowMatrix& matrix, DType dtype, int64_t padded_rows, void* operands, int64_t stride,
+                    int64_t row_begin, int64_t row_end);
+  // The stages of one block of rows, in this order, x_operands packed.
   void (*hidden)(const FeedForwardFwd& call, int64_t column_begin, int64_t column_end);
   void (*output)(const FeedForwardFwd& call, int64_t column_begin, int64_t column_end);
+
+  // operands[columns, stride] = the transpose, with zeros from matrix.rows to whole registers.
+  void (*pack_transposed)(const RowMatrix& matrix, DType dtype, void* operands, int64_t stride,
+                          int64_t column_begin, int64_t column_end);
+  // sums[columns] += those of a matrix of `dtype`.
+  void (*column_sums)(const RowMatrix& matrix, DType dtype, double* sums, int64_t column_begin,
+                      int64_t column_end);
+  // Columns of hidden, dpre and dgate, and of db1 and db_gate; of dx, which reads these; of one dw.
+  void (*hidden_bwd)(const FeedForwardBwd& call, int64_t column_begin, int64_t column_end);
+  void (*input_bwd)(const FeedForwardBwd& call, int64_t column_begin, int64_t column_end);
+  void (*weight_bwd)(const WeightGradient& gradient, int64_t column_begin, int64_t column_end);
+  void (*from_float64)(const double* source, DType dtype, void* target, int64_t count);
 };
 
 struct Kernels {

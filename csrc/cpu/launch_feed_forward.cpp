@@ -2,85 +2,17 @@
 #include "launch_feed_forward.h"
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
-#include "launch.h"
-#include "parallel.h"
-#include "tensors.h"
+#include "feed_forward_call.h"
 
 namespace fastformer::cpu {
 namespace {
 
-// The hidden rows of one block: 12 MB, which last-level caches hold.
-constexpr int64_t kHiddenBytes = int64_t{12} << 20;
-constexpr int64_t kLeastBlockRows = 192, kMostBlockRows = 1536;
-// A multiple of every level's row step.
-constexpr int64_t kRowStep = 4;
-// A multiple of 32, the period of the dropout map, and of every level's panel.
-constexpr int64_t kColumnStep = 32;
+constexpr int64_t kLeastBlockRows = 192;
 
-int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
-
-// A weight [rows, columns] whose columns are contiguous, copied where they are not.
-struct WeightRows {
-  WeightRows(const Tensor& weight, int64_t rows, int64_t columns, DType dtype, const char* name)
-      : tensor(weight) {
-    STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == columns, name,
-                    " has the wrong shape");
-    STD_TORCH_CHECK(dtype_of(weight) == dtype, name, " must have the dtype of x");
-    if (columns != 1 && weight.stride(1) != 1) tensor = torch::stable::contiguous(weight);
-    view = {tensor.const_data_ptr(), tensor.stride(0)};
-  }
-
-  Tensor tensor;
-  Weight view;
-};
-
-// A bias [size] as contiguous float32; null data where there is none.
-struct Bias {
-  Bias(const std::optional<Tensor>& bias, int64_t size, const char* name) {
-    if (!bias) return;
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == size, name, " has the wrong shape");
-    row = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
-    if (dtype_of(*row) == DType::kFloat32) {
-      data = row->const_data_ptr<float>();
-    } else {
-      converted.resize(size);
-      kernels().norm.to_float32(row->const_data_ptr(), dtype_of(*row), converted.data(), size);
-      data = converted.data();
-    }
-  }
-  Bias(const Bias&) = delete;
-
-  std::optional<Tensor> row;
-  std::vector<float> converted;
-  const float* data = nullptr;
-};
-
-Activation activation_named(const std::string& name) {
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  if (name == "silu") return Activation::kSilu;
-  STD_TORCH_CHECK(name == "relu2", "unknown activation ", name);
-  return Activation::kRelu2;
-}
-
-// Columns in steps of kColumnStep over the threads. products: for one column.
-template <typename Kernel>
-void over_columns(int64_t columns, int64_t products, Kernel kernel) {
-  const int64_t grain =
-      std::max<int64_t>(1, kProductsPerThread / std::max<int64_t>(1, products * kColumnStep));
-  parallel_for(ceil_divide(columns, kColumnStep), grain, [&](int64_t begin, int64_t end) {
-    kernel(begin * kColumnStep, std::min(end * kColumnStep, columns));
-  });
-}
-
-void run_block(const FeedForwardFwd& call) {
-  const int64_t row_grain = std::max<int64_t>(1, kElementsPerThread / call.E);
-  parallel_for(call.rows, row_grain,
-               [&](int64_t begin, int64_t end) { kernels().feed_forward.pack(call, begin, end); });
+void run_block(const FeedForwardFwd& call, const RowMatrix& x) {
+  pack_operands(x, call.dtype, call.padded_rows, call.x_operands, call.x_stride);
   const int64_t products = call.rows * call.E * (call.w_gate.data ? 2 : 1);
   over_columns(call.F, products,
                [&](int64_t begin, int64_t end) { kernels().feed_forward.hidden(call, begin, end); });
@@ -88,37 +20,29 @@ void run_block(const FeedForwardFwd& call) {
                [&](int64_t begin, int64_t end) { kernels().feed_forward.output(call, begin, end); });
 }
 
-void* advance(void* data, int64_t elements, DType dtype) {
-  return data ? static_cast<char*>(data) + elements * size_of(dtype) : nullptr;
-}
-
 // Block by block; `call` describes all rows.
-void run(const FeedForwardFwd& call) {
-  const int64_t rows = call.rows;
+void run(const FeedForwardFwd& call, const RowMatrix& x) {
   const int64_t operand_size = kernels().feed_forward.operand_size(call.dtype);
   const int64_t line = 64 / operand_size;
-  const int64_t most = std::clamp(kHiddenBytes / (call.F * operand_size), kLeastBlockRows, kMostBlockRows);
-  const int64_t block_rows =
-      round_up(ceil_divide(rows, std::max<int64_t>(1, ceil_divide(rows, most))), kRowStep);
+  const int64_t step = block_rows(call.rows, call.F, operand_size, kLeastBlockRows);
   FeedForwardFwd block = call;
   // Rows of x and of the hidden block stand a cache line off a power of two, or a tile's rows would share a
   // cache set.
   block.x_stride = round_up(call.E, line) + line;
   block.hidden_stride = round_up(call.F, kColumnStep) + line;
-  const int64_t x_bytes = block_rows * block.x_stride * operand_size;
-  const int64_t hidden_bytes = block_rows * block.hidden_stride * operand_size;
+  const int64_t x_bytes = step * block.x_stride * operand_size;
+  const int64_t hidden_bytes = step * block.hidden_stride * operand_size;
   const Tensor scratch = empty({(x_bytes + hidden_bytes) / size_of(DType::kFloat32)}, DType::kFloat32);
   block.x_operands = scratch.mutable_data_ptr();
   block.hidden = static_cast<char*>(block.x_operands) + x_bytes;
-  for (int64_t row = 0; row < rows; row += block_rows) {
+  for (int64_t row = 0; row < call.rows; row += step) {
     block.first_row = row;
-    block.rows = std::min(block_rows, rows - row);
+    block.rows = std::min(step, call.rows - row);
     block.padded_rows = round_up(block.rows, kRowStep);
-    block.x = static_cast<const char*>(call.x) + row * call.x_row_stride * size_of(call.dtype);
     block.out = advance(call.out, row * call.E_out, call.dtype);
     block.pre = advance(call.pre, row * call.F, call.dtype);
     block.pre_gate = advance(call.pre_gate, row * call.F, call.dtype);
-    run_block(block);
+    run_block(block, rows_of(x, row, block.rows, call.dtype));
   }
 }
 
@@ -137,12 +61,10 @@ std::tuple<Tensor, Tensor, Tensor> feed_forward_fwd(
   call.F = w1.size(0);
   call.E_out = w2.size(0);
   STD_TORCH_CHECK(call.E >= 1 && call.F >= 1 && call.E_out >= 1, "E, F and E_out must be at least 1");
-  call.rows = x.numel() / call.E;
+  const TensorRows x_rows(x, call.E);
+  call.rows = x_rows.view.rows;
   call.dropout = dropout_of(dropout_p, seed);
 
-  const Tensor x_rows = row_stride(x) ? x : torch::stable::contiguous(x);
-  call.x = x_rows.const_data_ptr();
-  call.x_row_stride = *row_stride(x_rows);
   const WeightRows w1_rows(w1, call.F, call.E, call.dtype, "w1"),
       w2_rows(w2, call.E_out, call.F, call.dtype, "w2");
   std::optional<WeightRows> w_gate_rows;
@@ -165,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> feed_forward_fwd(
   call.out = out.mutable_data_ptr();
   call.pre = save_pre ? pre.mutable_data_ptr() : nullptr;
   call.pre_gate = save_pre && w_gate ? pre_gate.mutable_data_ptr() : nullptr;
-  run(call);
+  run(call, x_rows.view);
   return {out, pre, pre_gate};
 }
 

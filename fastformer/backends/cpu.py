@@ -19,7 +19,14 @@ except ImportError as error:
 else:
     _missing = None
 
-_SERVED = ("norm_fwd", "norm_bwd", "attention_fwd", "attention_bwd", "feed_forward_fwd")
+_SERVED = (
+    "norm_fwd",
+    "norm_bwd",
+    "attention_fwd",
+    "attention_bwd",
+    "feed_forward_fwd",
+    "feed_forward_bwd",
+)
 _MAX_HEAD_DIM = 256
 
 

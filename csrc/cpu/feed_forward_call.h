@@ -1,0 +1,116 @@
+// What the launchers of both directions of feed-forward need.
+#pragma once
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "launch.h"
+#include "parallel.h"
+#include "tensors.h"
+
+namespace fastformer::cpu {
+
+// A multiple of every level's row step.
+constexpr int64_t kRowStep = 4;
+// A multiple of 32, the period of the dropout map, and of every level's panel.
+constexpr int64_t kColumnStep = 32;
+
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
+
+// A tensor [..., columns] as rows, copied where they cannot be read as they lie.
+struct TensorRows {
+  TensorRows(const Tensor& given, int64_t columns) : tensor(given) {
+    if (!row_stride(tensor)) tensor = torch::stable::contiguous(tensor);
+    view = {tensor.const_data_ptr(), *row_stride(tensor), tensor.numel() / columns, columns};
+  }
+
+  Tensor tensor;
+  RowMatrix view;
+};
+
+// A weight [rows, columns] whose columns are contiguous, copied where they are not.
+struct WeightRows {
+  WeightRows(const Tensor& weight, int64_t rows, int64_t columns, DType dtype, const char* name)
+      : tensor(weight) {
+    STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == columns, name,
+                    " has the wrong shape");
+    STD_TORCH_CHECK(dtype_of(weight) == dtype, name, " must have the dtype of x");
+    if (columns != 1 && weight.stride(1) != 1) tensor = torch::stable::contiguous(weight);
+    view = {tensor.const_data_ptr(), tensor.stride(0)};
+  }
+
+  Tensor tensor;
+  Weight view;
+};
+
+// A bias [size] as contiguous float32; null data where there is none.
+struct Bias {
+  Bias(const std::optional<Tensor>& bias, int64_t size, const char* name) {
+    if (!bias) return;
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == size, name, " has the wrong shape");
+    row = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
+    if (dtype_of(*row) == DType::kFloat32) {
+      data = row->const_data_ptr<float>();
+    } else {
+      converted.resize(size);
+      kernels().norm.to_float32(row->const_data_ptr(), dtype_of(*row), converted.data(), size);
+      data = converted.data();
+    }
+  }
+  Bias(const Bias&) = delete;
+
+  std::optional<Tensor> row;
+  std::vector<float> converted;
+  const float* data = nullptr;
+};
+
+inline Activation activation_named(const std::string& name) {
+  if (name == "relu") return Activation::kRelu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "silu") return Activation::kSilu;
+  STD_TORCH_CHECK(name == "relu2", "unknown activation ", name);
+  return Activation::kRelu2;
+}
+
+// Columns in steps of kColumnStep over the threads. products: for one column.
+template <typename Kernel>
+void over_columns(int64_t columns, int64_t products, Kernel kernel) {
+  const int64_t grain =
+      std::max<int64_t>(1, kProductsPerThread / std::max<int64_t>(1, products * kColumnStep));
+  parallel_for(ceil_divide(columns, kColumnStep), grain, [&](int64_t begin, int64_t end) {
+    kernel(begin * kColumnStep, std::min(end * kColumnStep, columns));
+  });
+}
+
+// Rows of one block, a multiple of kRowStep, of blocks about as large as each other. Their hidden rows take
+// 12 MB where `least` allows, which last-level caches hold.
+inline int64_t block_rows(int64_t rows, int64_t F, int64_t operand_size, int64_t least) {
+  constexpr int64_t kHiddenBytes = int64_t{12} << 20;
+  constexpr int64_t kMost = 1536;
+  const int64_t most = std::clamp(kHiddenBytes / (F * operand_size), least, kMost);
+  return round_up(ceil_divide(rows, std::max<int64_t>(1, ceil_divide(rows, most))), kRowStep);
+}
+
+inline RowMatrix rows_of(const RowMatrix& matrix, int64_t first, int64_t count, DType dtype) {
+  RowMatrix block = matrix;
+  block.data = static_cast<const char*>(matrix.data) + first * matrix.row_stride * size_of(dtype);
+  block.rows = count;
+  return block;
+}
+
+// `elements` further on; null stays null.
+template <typename Pointer>
+Pointer advance(Pointer data, int64_t elements, DType dtype) {
+  return data ? (char*)data + elements * size_of(dtype) : nullptr;
+}
+
+inline void pack_operands(const RowMatrix& matrix, DType dtype, int64_t padded_rows, void* operands,
+                          int64_t stride) {
+  parallel_for(matrix.rows, kElementsPerThread / matrix.columns, [&](int64_t begin, int64_t end) {
+    kernels().feed_forward.pack_rows(matrix, dtype, padded_rows, operands, stride, begin, end);
+  });
+}
+
+}  // namespace fastformer::cpu
