@@ -224,6 +224,9 @@ struct FeedForwardBwd {
 // Products of at most this depth are summed in one part.
 constexpr int64_t kDepthBlock = 512;
 
+// The most columns of a product that a worker takes at a time.
+constexpr int64_t kGroupColumns = 128;
+
 // dw[M, N] = sum over rows of left[row, M] right[row, N], for one block of rows.
 struct WeightGradient {
   const void* left;  // [M up to whole steps, left_stride]: transposed, as operands

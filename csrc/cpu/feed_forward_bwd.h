@@ -12,7 +12,6 @@
 #include "dropout_map.h"
 #include "linear.h"
 #include "operands.h"
-#include "worker.h"
 
 namespace fastformer::cpu::FASTFORMER_ISA {
 
@@ -128,8 +127,8 @@ static void product_with_columns(const Operand* a, int64_t lda, int64_t rows, co
   packed_product(a, lda, rows, columns, depth, c, panels, pack);
 }
 
-// Hidden columns [column_begin, column_end) of every row of the block.
-static void feed_forward_hidden_bwd(const FeedForwardBwd& call, int64_t column_begin, int64_t column_end) {
+// Hidden columns of every row of the block.
+static void feed_forward_hidden_bwd(const FeedForwardBwd& call, ColumnQueue& queue) {
   const FlushDenormals flush;
   const bool saved = call.pre, gated = call.w_gate.data;
   const int64_t group_floats = call.padded_rows * kGroupColumns;
@@ -143,8 +142,7 @@ static void feed_forward_hidden_bwd(const FeedForwardBwd& call, int64_t column_b
     using T = decltype(type);
     auto* const panels = (OperandOf<T>*)scratch.data();
     const auto* const x = (const OperandOf<T>*)call.x_operands;
-    for (int64_t j = column_begin; j < column_end; j += kGroupColumns) {
-      const int64_t columns = fewer(kGroupColumns, column_end - j);
+    over_columns(queue, [&](int64_t j, int64_t columns) {
       const auto product_of_x = [&](const Weight& weight, float* c) {
         linear_product<T>(x, call.x_stride, call.rows, call.padded_rows, weight, j, columns, call.E, c,
                           panels);
@@ -158,20 +156,19 @@ static void feed_forward_hidden_bwd(const FeedForwardBwd& call, int64_t column_b
       if (group.pre) product_of_x(call.w1, group.pre);
       if (group.pre_gate) product_of_x(call.w_gate, group.pre_gate);
       finish_hidden_bwd<T>(call, group);
-    }
+    });
   });
 }
 
-// Columns [column_begin, column_end) of dx for every row of the block.
-static void feed_forward_input_bwd(const FeedForwardBwd& call, int64_t column_begin, int64_t column_end) {
+// Columns of dx for every row of the block.
+static void feed_forward_input_bwd(const FeedForwardBwd& call, ColumnQueue& queue) {
   const FlushDenormals flush;
   const bool in_float32 = call.dtype == DType::kFloat32;
   const Scratch scratch(kPanelFloats + (in_float32 ? 0 : call.rows * kGroupColumns));
   with_type(call.dtype, [&](auto type) {
     using T = decltype(type);
     using Operand = OperandOf<T>;
-    for (int64_t j = column_begin; j < column_end; j += kGroupColumns) {
-      const int64_t columns = fewer(kGroupColumns, column_end - j);
+    over_columns(queue, [&](int64_t j, int64_t columns) {
       T* const out = (T*)call.dx + j;
       Product<T> dx = {out, call.E, scratch.data() + kPanelFloats, kGroupColumns};
       if (in_float32) {
@@ -189,7 +186,7 @@ static void feed_forward_input_bwd(const FeedForwardBwd& call, int64_t column_be
         dx.last = true;
         add_product(call.dgate, call.w_gate);
       }
-    }
+    });
   });
 }
 

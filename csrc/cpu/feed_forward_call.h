@@ -74,14 +74,19 @@ inline Activation activation_named(const std::string& name) {
   return Activation::kRelu2;
 }
 
-// Columns in steps of kColumnStep over the threads. products: for one column.
+// kernel(queue) over the columns of a product on as many workers as it pays for. products: for one column.
+// A queue gives the same bits however it is cut, so it is cut finely enough for workers to end together.
 template <typename Kernel>
 void over_columns(int64_t columns, int64_t products, Kernel kernel) {
-  const int64_t grain =
-      std::max<int64_t>(1, kProductsPerThread / std::max<int64_t>(1, products * kColumnStep));
-  parallel_for(ceil_divide(columns, kColumnStep), grain, [&](int64_t begin, int64_t end) {
-    kernel(begin * kColumnStep, std::min(end * kColumnStep, columns));
-  });
+  constexpr int64_t kPartsPerWorker = 3;
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(),
+                                            ceil_divide(columns * products, kProductsPerThread));
+  int64_t width = kGroupColumns;
+  while (workers > 1 && width > kColumnStep && ceil_divide(columns, width) < kPartsPerWorker * workers) {
+    width /= 2;
+  }
+  ColumnQueue queue{columns, width, {ceil_divide(columns, width)}};
+  parallel_for(workers, 1, [&](int64_t, int64_t) { kernel(queue); });
 }
 
 // Rows of one block, a multiple of kRowStep, of blocks about as large as each other. Their hidden rows take

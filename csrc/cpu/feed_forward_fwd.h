@@ -8,7 +8,6 @@
 #include "activations.h"
 #include "dropout_map.h"
 #include "linear.h"
-#include "worker.h"
 
 namespace fastformer::cpu::FASTFORMER_ISA {
 
@@ -68,30 +67,28 @@ static void finish_hidden(const FeedForwardFwd& call, int64_t first_column, int6
   }
 }
 
-// Hidden columns [column_begin, column_end) of every row of the block.
+// Hidden columns of every row of the block.
 template <typename T>
-static void hidden_columns(const FeedForwardFwd& call, int64_t column_begin, int64_t column_end,
-                           OperandOf<T>* panels, float* sums) {
+static void hidden_columns(const FeedForwardFwd& call, ColumnQueue& queue, OperandOf<T>* panels,
+                           float* sums) {
   const auto* const x = (const OperandOf<T>*)call.x_operands;
   float* const gate = call.w_gate.data ? sums + call.padded_rows * kGroupColumns : nullptr;
-  for (int64_t j = column_begin; j < column_end; j += kGroupColumns) {
-    const int64_t columns = fewer(kGroupColumns, column_end - j);
+  over_columns(queue, [&](int64_t j, int64_t columns) {
     const auto product = [&](const Weight& weight, float* c) {
       linear_product<T>(x, call.x_stride, call.rows, call.padded_rows, weight, j, columns, call.E, c, panels);
     };
     product(call.w1, sums);
     if (gate) product(call.w_gate, gate);
     finish_hidden<T>(call, j, columns, sums, gate);
-  }
+  });
 }
 
-// Output columns [column_begin, column_end) of every row of the block.
+// Output columns of every row of the block.
 template <typename T>
-static void output_columns(const FeedForwardFwd& call, int64_t column_begin, int64_t column_end,
-                           OperandOf<T>* panels, float* sums) {
+static void output_columns(const FeedForwardFwd& call, ColumnQueue& queue, OperandOf<T>* panels,
+                           float* sums) {
   const auto* const hidden = (const OperandOf<T>*)call.hidden;
-  for (int64_t j = column_begin; j < column_end; j += kGroupColumns) {
-    const int64_t columns = fewer(kGroupColumns, column_end - j);
+  over_columns(queue, [&](int64_t j, int64_t columns) {
     linear_product<T>(hidden, call.hidden_stride, call.rows, call.padded_rows, call.w2, j, columns, call.F,
                       sums, panels);
     for (int64_t row = 0; row < call.rows; ++row) {
@@ -103,31 +100,30 @@ static void output_columns(const FeedForwardFwd& call, int64_t column_begin, int
         store_up_to(out + c, y, n);
       }
     }
-  }
+  });
 }
 
 FASTFORMER_INLINE int64_t panel_floats(const FeedForwardFwd& call) {
   return call.rows <= kFewRows ? 0 : kPanelFloats;
 }
 
-// Both: the worker's share of columns.
-static void feed_forward_hidden(const FeedForwardFwd& call, int64_t column_begin, int64_t column_end) {
+static void feed_forward_hidden(const FeedForwardFwd& call, ColumnQueue& queue) {
   const FlushDenormals flush;
   const Scratch scratch(panel_floats(call) + (call.w_gate.data ? 2 : 1) * call.padded_rows * kGroupColumns);
   float* const panels = scratch.data();
   with_type(call.dtype, [&](auto type) {
     using T = decltype(type);
-    hidden_columns<T>(call, column_begin, column_end, (OperandOf<T>*)panels, panels + panel_floats(call));
+    hidden_columns<T>(call, queue, (OperandOf<T>*)panels, panels + panel_floats(call));
   });
 }
 
-static void feed_forward_output(const FeedForwardFwd& call, int64_t column_begin, int64_t column_end) {
+static void feed_forward_output(const FeedForwardFwd& call, ColumnQueue& queue) {
   const FlushDenormals flush;
   const Scratch scratch(panel_floats(call) + call.padded_rows * kGroupColumns);
   float* const panels = scratch.data();
   with_type(call.dtype, [&](auto type) {
     using T = decltype(type);
-    output_columns<T>(call, column_begin, column_end, (OperandOf<T>*)panels, panels + panel_floats(call));
+    output_columns<T>(call, queue, (OperandOf<T>*)panels, panels + panel_floats(call));
   });
 }
 

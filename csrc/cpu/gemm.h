@@ -6,14 +6,23 @@
 #pragma once
 
 #include "gemm_micro.h"
+#include "worker.h"
 
 namespace fastformer::cpu::FASTFORMER_ISA {
 
-// A group of packed panels is kDepthBlock x kGroupColumns lanes: 256 KB, for L2.
-constexpr int64_t kGroupColumns = 128;
+// Packed panels of kDepthBlock x kGroupColumns lanes: 256 KB, for L2.
 constexpr int64_t kPanelFloats = kDepthBlock * kGroupColumns;
 
 FASTFORMER_INLINE int64_t fewer(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// fn(first column, columns) for one part of the queue after the other.
+template <typename Fn>
+FASTFORMER_INLINE void over_columns(ColumnQueue& queue, Fn fn) {
+  for (int64_t item = take(queue.items); item < queue.items.count; item = take(queue.items)) {
+    const int64_t first = item * queue.width;
+    fn(first, fewer(queue.width, queue.columns - first));
+  }
+}
 
 template <typename T>
 FASTFORMER_INLINE F32 load_up_to(const T* p, int n) {

@@ -12,6 +12,13 @@ struct WorkQueue {
   int64_t next = 0;
 };
 
+// Columns of a product, of which a worker takes `width` at a time: a multiple of 32, the period of the
+// dropout map, up to kGroupColumns.
+struct ColumnQueue {
+  int64_t columns, width;
+  WorkQueue items;
+};
+
 // Kernels that need scratch throw std::bad_alloc where there is none.
 
 struct NormKernels {
@@ -40,8 +47,8 @@ struct FeedForwardKernels {
   void (*pack_rows)(const RowMatrix& matrix, DType dtype, int64_t padded_rows, void* operands, int64_t stride,
                     int64_t row_begin, int64_t row_end);
   // The stages of one block of rows, in this order, x_operands packed.
-  void (*hidden)(const FeedForwardFwd& call, int64_t column_begin, int64_t column_end);
-  void (*output)(const FeedForwardFwd& call, int64_t column_begin, int64_t column_end);
+  void (*hidden)(const FeedForwardFwd& call, ColumnQueue& queue);
+  void (*output)(const FeedForwardFwd& call, ColumnQueue& queue);
 
   // operands[columns, stride] = the transpose, with zeros from matrix.rows to whole registers.
   void (*pack_transposed)(const RowMatrix& matrix, DType dtype, void* operands, int64_t stride,
@@ -50,9 +57,9 @@ struct FeedForwardKernels {
   void (*column_sums)(const RowMatrix& matrix, DType dtype, double* sums, int64_t column_begin,
                       int64_t column_end);
   // Columns of hidden, dpre and dgate, and of db1 and db_gate; of dx, which reads these; of one dw.
-  void (*hidden_bwd)(const FeedForwardBwd& call, int64_t column_begin, int64_t column_end);
-  void (*input_bwd)(const FeedForwardBwd& call, int64_t column_begin, int64_t column_end);
-  void (*weight_bwd)(const WeightGradient& gradient, int64_t column_begin, int64_t column_end);
+  void (*hidden_bwd)(const FeedForwardBwd& call, ColumnQueue& queue);
+  void (*input_bwd)(const FeedForwardBwd& call, ColumnQueue& queue);
+  void (*weight_bwd)(const WeightGradient& gradient, ColumnQueue& queue);
   void (*from_float64)(const double* source, DType dtype, void* target, int64_t count);
 };
 

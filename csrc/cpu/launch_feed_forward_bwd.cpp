@@ -101,7 +101,7 @@ void add_weight_gradient(WeightGradient gradient, const RowMatrix& left, const R
   gradient.first = first;
   gradient.last = last;
   over_columns(right.columns, right.rows * gradient.M,
-               [&](int64_t begin, int64_t end) { kernels().feed_forward.weight_bwd(gradient, begin, end); });
+               [&](ColumnQueue& queue) { kernels().feed_forward.weight_bwd(gradient, queue); });
 }
 
 void run_block(const FeedForwardBwd& call, const RowMatrix& grad_out, const RowMatrix& x,
@@ -115,14 +115,14 @@ void run_block(const FeedForwardBwd& call, const RowMatrix& grad_out, const RowM
   if (call.grad_operands || call.hidden) {
     const int64_t depth = (call.grad_operands ? call.E_out : 0) + (recompute ? call.E * (gated ? 2 : 1) : 0);
     over_columns(call.F, call.rows * (depth + 1),
-                 [&](int64_t begin, int64_t end) { kernel.hidden_bwd(call, begin, end); });
+                 [&](ColumnQueue& queue) { kernel.hidden_bwd(call, queue); });
   }
   if (call.dx) {
     over_columns(call.E, call.rows * call.F * (gated ? 2 : 1),
-                 [&](int64_t begin, int64_t end) { kernel.input_bwd(call, begin, end); });
+                 [&](ColumnQueue& queue) { kernel.input_bwd(call, queue); });
   }
   if (double* const db2 = gradients.b2.data()) {
-    over_columns(call.E_out, call.rows, [&](int64_t begin, int64_t end) {
+    parallel_for(call.E_out, kElementsPerThread / call.rows, [&](int64_t begin, int64_t end) {
       kernel.column_sums(grad_out, call.dtype, db2, begin, end);
     });
   }

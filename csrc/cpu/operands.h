@@ -2,7 +2,6 @@
 #pragma once
 
 #include "gemm.h"
-#include "worker.h"
 
 namespace fastformer::cpu::FASTFORMER_ISA {
 
@@ -71,7 +70,7 @@ static void column_sums(const RowMatrix& matrix, DType dtype, double* sums, int6
   });
 }
 
-static void weight_bwd(const WeightGradient& gradient, int64_t column_begin, int64_t column_end) {
+static void weight_bwd(const WeightGradient& gradient, ColumnQueue& queue) {
   const FlushDenormals flush;
   const Scratch scratch(kPanelFloats);
   const RowMatrix& right = gradient.right;
@@ -80,8 +79,7 @@ static void weight_bwd(const WeightGradient& gradient, int64_t column_begin, int
     using T = decltype(type);
     with_elements(right, gradient.dtype, [&](const auto* data, auto operand) {
       using Operand = decltype(operand);
-      for (int64_t first = column_begin; first < column_end; first += kGroupColumns) {
-        const int64_t columns = fewer(kGroupColumns, column_end - first);
+      over_columns(queue, [&](int64_t first, int64_t columns) {
         const auto pack = [&](int64_t k, int64_t count, int64_t j, Operand* panel) {
           pack_columns(data + k * right.row_stride + first + j, right.row_stride, fewer(kPanel, columns - j),
                        count, panel);
@@ -90,7 +88,7 @@ static void weight_bwd(const WeightGradient& gradient, int64_t column_begin, int
             (T*)gradient.dw + first, N, gradient.sums + first, N, gradient.first, gradient.last};
         packed_product((const Operand*)gradient.left, gradient.left_stride, gradient.M, columns, right.rows,
                        dw, (Operand*)scratch.data(), pack);
-      }
+      });
     });
   });
 }
