@@ -98,7 +98,7 @@ Tensor sum_bias(const ScorePass& pass, const Tensor& bias) {
 // [rows of relative_bias, M + N - 1] from the shares of batch elements, heads and chunks.
 Tensor sum_relative_bias(const AttentionBwd& bwd, int64_t rows) {
   const Attention& call = bwd.scores.attention;
-  const int64_t entries = call.M + call.N - 1, chunks = bwd.chunks;
+  const int64_t entries = std::max<int64_t>(call.M + call.N - 1, 0), chunks = bwd.chunks;
   Tensor grad = empty({rows, entries}, DType::kFloat32);
   for (int64_t row = 0; row < rows; ++row) {
     std::vector<double> totals(static_cast<size_t>(entries), 0.0);

@@ -158,6 +158,8 @@ def _visible(
             visible = visible & mask
     if alive is not None:
         visible = visible & alive
+    if lengths_q is not None:
+        visible = visible & (torch.arange(M, device=device)[:, None] < lengths_q[:, None, None, None])
     return visible, alive
 
 
@@ -289,7 +291,7 @@ def _attention_padded(
     out = (weights @ v).to(query.dtype)
     if spec.return_weights is None:
         return out, lse, None
-    returned = weights.mean(1) if spec.return_weights == "mean" else weights
+    returned = weights.sum(1) / max(H, 1) if spec.return_weights == "mean" else weights
     return out, lse, returned.to(query.dtype)
 
 
