@@ -39,14 +39,20 @@ ENOUGH_ELEMENTS = 256
 
 
 def another_draw(inputs, seed):
-    """`inputs` with the values of every floating tensor in another order."""
+    """`inputs` with the values of every floating tensor in another order and of another size, all together.
+
+    A tensor of one element has no other order. Equal values stay equal, and numbers at the end of the dtype's
+    range and beyond it stay what they are.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def shuffled(value):
         if not (isinstance(value, torch.Tensor) and value.is_floating_point()):
             return value
         order = torch.randperm(value.numel(), generator=generator)
+        size = torch.rand((), generator=generator).add(0.5).to(value.dtype)
         values = value.detach().flatten()[order].view(value.shape)
+        values = torch.where(values.abs() < 1e4, values * size, values)
         return values.requires_grad_(value.requires_grad)
 
     return {name: shuffled(value) for name, value in inputs.items()}

@@ -108,7 +108,7 @@ def attention(
     if return_lse:
         results.append(lse if lse.dtype == torch.float64 else lse.float())
     if return_weights == "mean":
-        results.append(weights.mean(1))
+        results.append(weights.mean(1) if H else weights.sum(1))  # of no heads: nothing, not NaN
     elif return_weights:
         results.append(weights)
     return results[0] if len(results) == 1 else tuple(results)
