@@ -156,6 +156,13 @@ static void feed_forward_hidden_bwd(const FeedForwardBwd& call, ColumnQueue& que
       if (group.pre) product_of_x(call.w1, group.pre);
       if (group.pre_gate) product_of_x(call.w_gate, group.pre_gate);
       finish_hidden_bwd<T>(call, group);
+      const auto transpose_group = [&](const void* rows, void* transposed) {
+        if (!transposed) return;
+        pack_transposed((const OperandOf<T>*)rows + j, call.hidden_stride, columns, call.rows,
+                        (OperandOf<T>*)transposed + j * call.columns_stride, call.columns_stride);
+      };
+      transpose_group(call.dpre, call.dpre_columns);
+      transpose_group(call.dgate, call.dgate_columns);
     });
   });
 }
