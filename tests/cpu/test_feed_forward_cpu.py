@@ -305,14 +305,15 @@ def test_needs(dtype):
                     assert_same_bits(some, {name: everything[name] for name in some})
 
 
-@pytest.mark.parametrize("rows", (3, 70))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_recomputed_is_what_was_saved(activation, rows):
-    inputs = feed_forward_inputs(rows, E=40, F=75, gated=activation in plain.GATED_ACTIVATIONS)
-    grad_out = torch.randn(rows, 40)
-    assert_same_bits(
-        gradients(inputs, grad_out, activation), gradients(inputs, grad_out, activation, recompute=True)
-    )
+def test_recomputed_is_what_was_saved(activation, dtype):
+    for rows in (3, 70):
+        gated = activation in plain.GATED_ACTIVATIONS
+        inputs = feed_forward_inputs(rows, E=40, F=75, gated=gated, dtype=dtype)
+        grad_out = torch.randn(rows, 40).to(dtype)
+        saved, again = (gradients(inputs, grad_out, activation, recompute=r) for r in (False, True))
+        assert_same_bits(saved, again)
 
 
 @pytest.mark.parametrize("recompute", (False, True))
