@@ -213,8 +213,9 @@ struct FeedForwardBwd {
   void* x_operands;     // [padded_rows, x_stride], like it
   // [padded_rows, hidden_stride]: what w2 met, and the gradients of pre and pre_gate.
   void *hidden, *dpre, *dgate;
+  void *dpre_columns, *dgate_columns;  // [F up to whole steps, columns_stride]: the same, transposed
   int64_t rows, padded_rows, E, F, E_out;
-  int64_t grad_stride, x_stride, hidden_stride;
+  int64_t grad_stride, x_stride, hidden_stride, columns_stride;
   int64_t first_row;  // of this block in the whole x: dropout counts from there
   Activation activation;
   DType dtype;

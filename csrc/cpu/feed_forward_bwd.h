@@ -22,13 +22,13 @@ struct HiddenGroup {
   float *pre, *pre_gate;  // x w1^T and x w_gate^T; null where they were saved, or there is no gate
 };
 
-// pre or pre_gate at one register of columns.
+// pre or pre_gate at one register of columns: computed again, with the bits that would have been saved.
 template <typename T>
 FASTFORMER_INLINE F32 load_pre(const T* saved, const float* sums, const float* bias, int64_t at_saved,
                                int64_t at_sums, int64_t column, int n) {
   if (!sums) return load_up_to(saved + at_saved, n);
   const F32 x = load(sums + at_sums);
-  return bias ? x + load_up_to(bias + column, n) : x;
+  return rounded(bias ? x + load_up_to(bias + column, n) : x, T{});
 }
 
 FASTFORMER_INLINE void accumulate(float* sums, F32 x) { store(sums, load(sums) + x); }
@@ -156,6 +156,13 @@ static void feed_forward_hidden_bwd(const FeedForwardBwd& call, ColumnQueue& que
       if (group.pre) product_of_x(call.w1, group.pre);
       if (group.pre_gate) product_of_x(call.w_gate, group.pre_gate);
       finish_hidden_bwd<T>(call, group);
+      const auto transpose_group = [&](const void* rows, void* transposed) {
+        if (!transposed) return;
+        pack_transposed((const OperandOf<T>*)rows + j, call.hidden_stride, columns, call.rows,
+                        (OperandOf<T>*)transposed + j * call.columns_stride, call.columns_stride);
+      };
+      transpose_group(call.dpre, call.dpre_columns);
+      transpose_group(call.dgate, call.dgate_columns);
     });
   });
 }

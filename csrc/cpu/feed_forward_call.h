@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -74,19 +75,33 @@ inline Activation activation_named(const std::string& name) {
   return Activation::kRelu2;
 }
 
-// kernel(queue) over the columns of a product on as many workers as it pays for. products: for one column.
-// A queue gives the same bits however it is cut, so it is cut finely enough for workers to end together.
-template <typename Kernel>
-void over_columns(int64_t columns, int64_t products, Kernel kernel) {
+// A kernel over the columns of its product, and what one column costs.
+struct ColumnWork {
+  int64_t columns, products;
+  std::function<void(ColumnQueue&)> kernel;
+};
+
+// Kernels that do not read each other's results, one after the other without a wait between them, on as many
+// workers as they pay for. The bits are the same however columns are cut, so they are cut finely enough for
+// workers to end together.
+inline void over_columns(const std::vector<ColumnWork>& works) {
   constexpr int64_t kPartsPerWorker = 3;
-  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(),
-                                            ceil_divide(columns * products, kProductsPerThread));
-  int64_t width = kGroupColumns;
-  while (workers > 1 && width > kColumnStep && ceil_divide(columns, width) < kPartsPerWorker * workers) {
-    width /= 2;
+  int64_t products = 0;
+  for (const ColumnWork& work : works) products += work.columns * work.products;
+  const int64_t workers =
+      std::min<int64_t>(torch::stable::get_num_threads(), ceil_divide(products, kProductsPerThread));
+  std::vector<ColumnQueue> queues;
+  for (const ColumnWork& work : works) {
+    int64_t width = kGroupColumns;
+    while (workers > 1 && width > kColumnStep &&
+           ceil_divide(work.columns, width) < kPartsPerWorker * workers) {
+      width /= 2;
+    }
+    queues.push_back({work.columns, width, {ceil_divide(work.columns, width)}});
   }
-  ColumnQueue queue{columns, width, {ceil_divide(columns, width)}};
-  parallel_for(workers, 1, [&](int64_t, int64_t) { kernel(queue); });
+  parallel_for(workers, 1, [&](int64_t, int64_t) {
+    for (size_t w = 0; w < works.size(); ++w) works[w].kernel(queues[w]);
+  });
 }
 
 // Rows of one block, a multiple of kRowStep, of blocks about as large as each other. Their hidden rows take

@@ -14,9 +14,9 @@ constexpr int64_t kLeastBlockRows = 192;
 void run_block(const FeedForwardFwd& call, const RowMatrix& x) {
   pack_operands(x, call.dtype, call.padded_rows, call.x_operands, call.x_stride);
   const int64_t products = call.rows * call.E * (call.w_gate.data ? 2 : 1);
-  over_columns(call.F, products, [&](ColumnQueue& queue) { kernels().feed_forward.hidden(call, queue); });
-  over_columns(call.E_out, call.rows * call.F,
-               [&](ColumnQueue& queue) { kernels().feed_forward.output(call, queue); });
+  const FeedForwardKernels& kernel = kernels().feed_forward;
+  over_columns({{call.F, products, [&](ColumnQueue& queue) { kernel.hidden(call, queue); }}});
+  over_columns({{call.E_out, call.rows * call.F, [&](ColumnQueue& queue) { kernel.output(call, queue); }}});
 }
 
 // Block by block; `call` describes all rows.

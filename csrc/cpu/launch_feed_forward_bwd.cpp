@@ -77,64 +77,55 @@ class Parts {
   int64_t total_ = 0;
 };
 
-// A matrix's transpose as operands.
-struct Transposed {
-  void* data = nullptr;
-  int64_t stride;
-
-  void pack(const RowMatrix& matrix, DType dtype) const {
-    const int64_t grain = kElementsPerThread / (kColumnStep * matrix.rows);
-    parallel_for(ceil_divide(matrix.columns, kColumnStep), grain, [&](int64_t begin, int64_t end) {
-      kernels().feed_forward.pack_transposed(matrix, dtype, data, stride, begin * kColumnStep,
-                                             std::min(end * kColumnStep, matrix.columns));
-    });
-  }
-};
-
-// dw += left^T right
-void add_weight_gradient(WeightGradient gradient, const RowMatrix& left, const RowMatrix& right,
-                         const Transposed& transposed, bool first, bool last) {
-  transposed.pack(left, gradient.dtype);
-  gradient.left = transposed.data;
-  gradient.left_stride = transposed.stride;
-  gradient.right = right;
-  gradient.first = first;
-  gradient.last = last;
-  over_columns(right.columns, right.rows * gradient.M,
-               [&](ColumnQueue& queue) { kernels().feed_forward.weight_bwd(gradient, queue); });
+// What a block's weight gradients read of grad_out: its transpose, and its columns' sums.
+void read_grad_columns(const FeedForwardBwd& call, const RowMatrix& grad_out, void* grad_columns,
+                       double* db2) {
+  if (!grad_columns && !db2) return;
+  const FeedForwardKernels& kernel = kernels().feed_forward;
+  const int64_t grain = kElementsPerThread / (kColumnStep * call.rows);
+  parallel_for(ceil_divide(call.E_out, kColumnStep), grain, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kColumnStep, past = std::min(end * kColumnStep, call.E_out);
+    if (grad_columns) {
+      kernel.pack_transposed(grad_out, call.dtype, grad_columns, call.columns_stride, first, past);
+    }
+    if (db2) kernel.column_sums(grad_out, call.dtype, db2, first, past);
+  });
 }
 
-void run_block(const FeedForwardBwd& call, const RowMatrix& grad_out, const RowMatrix& x,
-               const Transposed& transposed, Gradients& gradients, bool first, bool last) {
+void run_block(const FeedForwardBwd& call, const RowMatrix& grad_out, const RowMatrix& x, void* grad_columns,
+               Gradients& gradients, bool first, bool last) {
   const FeedForwardKernels& kernel = kernels().feed_forward;
   const bool gated = call.w_gate.data, recompute = call.x_operands;
   if (call.grad_operands) {
     pack_operands(grad_out, call.dtype, call.padded_rows, call.grad_operands, call.grad_stride);
   }
   if (recompute) pack_operands(x, call.dtype, call.padded_rows, call.x_operands, call.x_stride);
+  read_grad_columns(call, grad_out, grad_columns, gradients.b2.data());
   if (call.grad_operands || call.hidden) {
     const int64_t depth = (call.grad_operands ? call.E_out : 0) + (recompute ? call.E * (gated ? 2 : 1) : 0);
-    over_columns(call.F, call.rows * (depth + 1),
-                 [&](ColumnQueue& queue) { kernel.hidden_bwd(call, queue); });
+    over_columns(
+        {{call.F, call.rows * (depth + 1), [&](ColumnQueue& queue) { kernel.hidden_bwd(call, queue); }}});
   }
+  std::vector<ColumnWork> works;
   if (call.dx) {
-    over_columns(call.E, call.rows * call.F * (gated ? 2 : 1),
-                 [&](ColumnQueue& queue) { kernel.input_bwd(call, queue); });
+    works.push_back({call.E, call.rows * call.F * (gated ? 2 : 1),
+                     [&](ColumnQueue& queue) { kernel.input_bwd(call, queue); }});
   }
-  if (double* const db2 = gradients.b2.data()) {
-    parallel_for(call.E_out, kElementsPerThread / call.rows, [&](int64_t begin, int64_t end) {
-      kernel.column_sums(grad_out, call.dtype, db2, begin, end);
-    });
-  }
-  const auto of_hidden = [&](const void* rows) {
-    return RowMatrix{rows, call.hidden_stride, call.rows, call.F, true};
+  const auto add = [&](const WeightGrad& weight, const void* left, const RowMatrix& right) {
+    WeightGradient gradient = weight.gradient;
+    if (!gradient.dw) return;
+    gradient.left = left;
+    gradient.left_stride = call.columns_stride;
+    gradient.right = right;
+    gradient.first = first;
+    gradient.last = last;
+    works.push_back({right.columns, right.rows * gradient.M,
+                     [&kernel, gradient](ColumnQueue& queue) { kernel.weight_bwd(gradient, queue); }});
   };
-  const auto add = [&](const WeightGrad& weight, const RowMatrix& left, const RowMatrix& right) {
-    if (weight.gradient.dw) add_weight_gradient(weight.gradient, left, right, transposed, first, last);
-  };
-  add(gradients.w2, grad_out, of_hidden(call.hidden));
-  add(gradients.w1, of_hidden(call.dpre), x);
-  add(gradients.w_gate, of_hidden(call.dgate), x);
+  add(gradients.w2, grad_columns, {call.hidden, call.hidden_stride, call.rows, call.F, true});
+  add(gradients.w1, call.dpre_columns, x);
+  add(gradients.w_gate, call.dgate_columns, x);
+  if (!works.empty()) over_columns(works);
 }
 
 // Block by block; `call` and the matrices describe all rows.
@@ -153,9 +144,10 @@ void run(const FeedForwardBwd& call, const RowMatrix& grad_out, const RowMatrix&
   block.grad_stride = round_up(call.E_out, line) + line;
   block.x_stride = round_up(call.E, line) + line;
   block.hidden_stride = round_up(call.F, kColumnStep) + line;
-  Transposed transposed{nullptr, round_up(step, kColumnStep) + line};
-  const int64_t left_rows =
-      std::max(need_w2 ? call.E_out : 0, need_w1 || need_w_gate ? call.F : int64_t{0}) + kRowStep;
+  block.columns_stride = round_up(step, kColumnStep) + line;
+  const auto columns_bytes = [&](int64_t columns) {
+    return round_up(columns, kRowStep) * block.columns_stride * operand_size;
+  };
   const int64_t hidden_bytes = step * block.hidden_stride * operand_size;
   Parts parts;
   parts.want(need_grad, &block.grad_operands, step * block.grad_stride * operand_size);
@@ -163,8 +155,10 @@ void run(const FeedForwardBwd& call, const RowMatrix& grad_out, const RowMatrix&
   parts.want(need_w2, &block.hidden, hidden_bytes);
   parts.want(need_dpre, &block.dpre, hidden_bytes);
   parts.want(need_dgate, &block.dgate, hidden_bytes);
-  parts.want(need_w1 || need_w_gate || need_w2, &transposed.data,
-             left_rows * transposed.stride * operand_size);
+  void* grad_columns = nullptr;
+  parts.want(need_w2, &grad_columns, columns_bytes(call.E_out));
+  parts.want(need_w1, &block.dpre_columns, columns_bytes(call.F));
+  parts.want(need_w_gate, &block.dgate_columns, columns_bytes(call.F));
   const Tensor scratch = parts.allocate();
 
   for (int64_t row = 0; row < call.rows; row += step) {
@@ -175,7 +169,7 @@ void run(const FeedForwardBwd& call, const RowMatrix& grad_out, const RowMatrix&
     block.pre_gate = advance(call.pre_gate, row * call.F, call.dtype);
     block.dx = advance(call.dx, row * call.E, call.dtype);
     run_block(block, rows_of(grad_out, row, block.rows, call.dtype), rows_of(x, row, block.rows, call.dtype),
-              transposed, gradients, row == 0, row + step >= call.rows);
+              grad_columns, gradients, row == 0, row + step >= call.rows);
   }
 }
 

@@ -26,8 +26,6 @@ from ..ops.philox import feed_forward_keep, keep_scale
 if cpu.ready() is not None:
     pytest.skip(cpu.ready(), allow_module_level=True)
 
-from fastformer import _C
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = (*plain.ACTIVATIONS, *plain.GATED_ACTIVATIONS)
 # Up to 32 rows the kernels take dot products, beyond they pack panels.
@@ -37,18 +35,6 @@ OPERANDS = (torch.float32, torch.bfloat16)
 # Measured 5.3e-6 at -10.8 on every level: the exponent there, 84, is rounded twice to 24 bits.
 TAIL_ERROR = 8e-6
 DIFFERENTIABLE = FEED_FORWARD_TENSORS[:7]
-
-
-@pytest.fixture(params=_C.build_info()["isa_levels"], autouse=True)
-def isa(request):
-    best = _C.isa()
-    if not _C.set_isa(request.param):
-        pytest.skip(f"this machine has no {request.param}")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield request.param
-    torch.set_num_threads(threads)
-    _C.set_isa(best)
 
 
 def arguments(inputs, activation, p, seed):
@@ -319,14 +305,15 @@ def test_needs(dtype):
                     assert_same_bits(some, {name: everything[name] for name in some})
 
 
-@pytest.mark.parametrize("rows", (3, 70))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_recomputed_is_what_was_saved(activation, rows):
-    inputs = feed_forward_inputs(rows, E=40, F=75, gated=activation in plain.GATED_ACTIVATIONS)
-    grad_out = torch.randn(rows, 40)
-    assert_same_bits(
-        gradients(inputs, grad_out, activation), gradients(inputs, grad_out, activation, recompute=True)
-    )
+def test_recomputed_is_what_was_saved(activation, dtype):
+    for rows in (3, 70):
+        gated = activation in plain.GATED_ACTIVATIONS
+        inputs = feed_forward_inputs(rows, E=40, F=75, gated=gated, dtype=dtype)
+        grad_out = torch.randn(rows, 40).to(dtype)
+        saved, again = (gradients(inputs, grad_out, activation, recompute=r) for r in (False, True))
+        assert_same_bits(saved, again)
 
 
 @pytest.mark.parametrize("recompute", (False, True))
