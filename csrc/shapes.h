@@ -120,12 +120,12 @@ struct Attention {
   DType dtype;  // of query, key, value, out and their gradients
 };
 
-// out = dropout(softmax(score)) value, head by head, and lse = log sum exp score, whose float32 rounding
-// lse_rest makes up for.
+// out = dropout(softmax(score)) value, head by head, and lse = log sum exp score = row_max + log(row_sum),
+// where row_max is the largest score.
 struct AttentionFwd {
   Attention attention;
   HeadRows out;  // [B, H, M, D_v]
-  RowStats lse, lse_rest;
+  RowStats lse, row_max, row_sum;
   // A work item is (b * H + h) * chunks + chunk: chunk_rows queries of one head.
   int64_t chunk_rows, chunks;
 };
@@ -133,7 +133,7 @@ struct AttentionFwd {
 // What it takes to compute weights anew, and the gradient of the scores.
 struct ScorePass {
   Attention attention;
-  RowStats lse, lse_rest;
+  RowStats row_max, row_sum;
   HeadRows grad_out;         // data null: zero
   ScoreMatrix grad_weights;  // data null: none; averaged weights have stride_h 0
   float grad_weights_scale;  // 1, averaged: 1 / H

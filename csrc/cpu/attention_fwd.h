@@ -24,8 +24,6 @@ namespace fastformer::cpu::FASTFORMER_ISA {
 constexpr int64_t kMaxKeyBlock = 512;
 // Not a multiple of 4096 bytes, which would put a tile's rows into one cache set.
 constexpr int64_t kScoreStride = kMaxKeyBlock + 16;
-// So few queries read the keys as they lie: packing them would cost more than it saves.
-constexpr int64_t kFewQueries = 4;
 
 FASTFORMER_INLINE int64_t key_block_of(const Attention& call) {
   return call.D + call.D_v <= 256 ? kMaxKeyBlock : kMaxKeyBlock / 2;
@@ -85,8 +83,7 @@ struct Chunk {
   const ForwardBuffers& buffers;
   int64_t h_kv, i, rows;
 
-  // Of the head, not of the chunk: chunks depend on the threads, and bits must not.
-  bool is_few() const { return head.M <= kFewQueries; }
+  bool is_few() const { return head.has_few_queries(); }
 };
 
 // Turns scores[count] into weights 2^(c (s - max)) and folds them into the row's maximum and sum. Returns
@@ -117,37 +114,6 @@ __attribute__((noinline)) static float softmax_step(float* scores, int64_t count
   row_max = new_max;
   row_sum = row_sum * rescale + reduce_add(sum0 + sum1);
   return rescale;
-}
-
-// The sums over lanes of kLanes registers, one in each lane, in the order of a transposition.
-FASTFORMER_INLINE F32 reduce_add_each(F32 (&sums)[kLanes]) {
-  transpose(sums);
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int l = 0; l < half; ++l) sums[l] += sums[l + half];
-  }
-  return sums[0];
-}
-
-// scores[kPanel] of one query and keys [n, n + kPanel) of the block where they lie, 0 for those that are not
-// real.
-template <typename T>
-static void score_keys(const float* query, const KeyBlock<T>& block, int64_t n, int64_t D, float* scores) {
-  for (int64_t first = n; first < n + kPanel; first += kLanes) {
-    F32 sums[kLanes];
-#pragma GCC unroll 16
-    for (int l = 0; l < kLanes; ++l) {
-      const int64_t j = first + l;
-      sums[l] = F32{};
-      if (j >= block.count || (block.is_real && !block.is_real[j])) continue;
-      const T* const key = block.key + j * block.key_stride;
-      int64_t d = 0;
-      for (; d + kLanes <= D; d += kLanes) sums[l] = fma(load(query + d), load(key + d), sums[l]);
-      if (d < D) sums[l] = fma(load(query + d), load_n(key + d, (int)(D - d)), sums[l]);
-    }
-    store(scores + (first - n), reduce_add_each(sums));
-  }
 }
 
 // out[kRows, kVectors * kLanes] = rescale * out + weights[kRows, keys] value[keys, kVectors * kLanes] for
@@ -182,7 +148,8 @@ FASTFORMER_INLINE void score_tile(const Chunk<T>& chunk, const KeyBlock<T>& bloc
     float* const scores = buffers.scores + n;
     if (chunk.is_few()) {
       for (int64_t r = 0; r < smaller(kRows, chunk.rows - row); ++r) {
-        score_keys(query + r * buffers.ldq, block, n, chunk.call.D, scores + r * kScoreStride);
+        multiply_rows(query + r * buffers.ldq, block.key, block.key_stride, n, block.count, block.is_real,
+                      chunk.call.D, scores + r * kScoreStride);
       }
     } else {
       multiply_panel<kRows>(chunk.call.D, query, buffers.ldq, buffers.key + n * chunk.call.D, scores,
@@ -291,11 +258,13 @@ static void write_rows(const Chunk<T>& chunk) {
 
     const double largest = (double)chunk.logits.unit * buffers.row_max[row];
     const double log_sum = __builtin_log((double)sum);
-    const float lse = sees_nothing ? kMinusInfinity : (float)(largest + log_sum);
-    *chunk.head.stats(chunk.fwd.lse, chunk.i + row) = lse;
-    // In this order: `largest` may be so large that the logarithm is lost beside it.
-    *chunk.head.stats(chunk.fwd.lse_rest, chunk.i + row) =
-        sees_nothing ? 0.0f : (float)((largest - lse) + log_sum);
+    const int64_t i = chunk.i + row;
+    *chunk.head.stats(chunk.fwd.lse, i) = sees_nothing ? kMinusInfinity : (float)(largest + log_sum);
+    // The sum refers to the largest score before it was rounded.
+    const float row_max = (float)largest;
+    const float rounding = sees_nothing ? 0.0f : (float)(largest - row_max);
+    *chunk.head.stats(chunk.fwd.row_max, i) = row_max;
+    *chunk.head.stats(chunk.fwd.row_sum, i) = sum * (1.0f + rounding);
   }
 }
 

@@ -13,6 +13,9 @@ constexpr float kLog2E = 1.44269504f;
 // Longer sums are made of shorter ones: one chain of 512 roundings would lose against torch's blocks.
 constexpr int64_t kMaxDepth = 128;
 
+// So few queries read the keys as they lie: packing them would cost more than it saves.
+constexpr int64_t kFewQueries = 4;
+
 // One head of one batch element, or of one packed sequence.
 struct Head {
   Head(const Attention& call, int64_t b, int64_t h)
@@ -29,6 +32,9 @@ struct Head {
   T* query_row(const HeadRows& rows, int64_t i) const {
     return (T*)rows.data + b * rows.stride_b + h * rows.stride_h + (first_query + i) * rows.stride_row;
   }
+
+  // Of the head, not of a chunk: chunks depend on the threads, and bits must not.
+  bool has_few_queries() const { return M <= kFewQueries; }
 
   float* stats(const RowStats& rows, int64_t i) const {
     return rows.data + b * rows.stride_b + h * rows.stride_h + first_query + i;
@@ -183,6 +189,38 @@ FASTFORMER_INLINE void multiply_panel(int64_t depth, const float* rows, int64_t 
     tile.multiply_add(smaller(span, depth - d), rows + d, stride, panel + d * kPanel, kPanel);
     if (d > 0) tile.add(products, ldp);
     tile.store_to(products, ldp);
+  }
+}
+
+// The sums over lanes of kLanes registers, one in each lane, in the order of a transposition.
+FASTFORMER_INLINE F32 reduce_add_each(F32 (&sums)[kLanes]) {
+  transpose(sums);
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int l = 0; l < half; ++l) sums[l] += sums[l + half];
+  }
+  return sums[0];
+}
+
+// products[kPanel] = row . rows[n + k] where they lie: 0 for those from count on, and where `real` (may be
+// null) holds 0.
+template <typename T>
+static void multiply_rows(const float* row, const T* rows, int64_t stride, int64_t n, int64_t count,
+                          const uint8_t* real, int64_t depth, float* products) {
+  for (int64_t first = n; first < n + kPanel; first += kLanes) {
+    F32 sums[kLanes];
+#pragma GCC unroll 16
+    for (int l = 0; l < kLanes; ++l) {
+      const int64_t k = first + l;
+      sums[l] = F32{};
+      if (k >= count || (real && !real[k])) continue;
+      const T* const other = rows + k * stride;
+      int64_t d = 0;
+      for (; d + kLanes <= depth; d += kLanes) sums[l] = fma(load(row + d), load(other + d), sums[l]);
+      if (d < depth) sums[l] = fma(load(row + d), load_n(other + d, (int)(depth - d)), sums[l]);
+    }
+    store(products + (first - n), reduce_add_each(sums));
   }
 }
 

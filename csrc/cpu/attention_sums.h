@@ -56,13 +56,13 @@ static void backward_rows(const AttentionBwd& bwd, const TileBuffers& buffers, c
   if (pass.grad_weights.data) add_weights_gradient<T>(pass, buffers, head);
   double sink_gradient = 0.0;
   for (int64_t i = 0; i < head.M; ++i) {
-    const float lse = *head.stats(pass.lse, i), rest = *head.stats(pass.lse_rest, i);
-    const bool sees_nothing = lse == kMinusInfinity;
+    const float row_max = *head.stats(pass.row_max, i), row_sum = *head.stats(pass.row_sum, i);
+    const bool sees_nothing = row_sum == 0.0f;
     const float grad_lse = pass.grad_lse.data && !sees_nothing ? *head.stats(pass.grad_lse, i) : 0.0f;
     const float above_lse = *head.stats(pass.delta, i) - grad_lse;
     float sink_weight = 0.0f;
     if (call.sink && !sees_nothing) {
-      sink_weight = exp2(splat((call.sink[head.h] - lse - rest) * kLog2E))[0];
+      sink_weight = exp2(splat((call.sink[head.h] - row_max) * kLog2E))[0] / row_sum;
     }
     sink_gradient -= (double)sink_weight * above_lse;
     // The gradients of a row's scores and of its sink add up to grad_lse.

@@ -1,7 +1,7 @@
-// Weights and gradients of scores computed anew, tile by tile, from what forward left behind: lse. Every pass
+// Weights and gradients of scores computed anew, tile by tile, from what forward left behind. Every pass
 // after forward runs over these tiles: backward, the returned weights, and the sums of a broadcast bias.
 //
-//   weights_ij = exp(s_ij - lse_i - lse_rest_i)
+//   weights_ij = exp(s_ij - row_max_i) / row_sum_i
 //   ds_ij = weights_ij (keep_ij (grad_out_i . v_j + grad_weights_ij) / (1 - p) - delta_i + grad_lse_i)
 //
 // A row whose visible keys all lie in one block is normalised within it, and has its delta from it: then a
@@ -19,13 +19,13 @@ constexpr int64_t kTileStride = kBlockKeys + 16;
 constexpr int64_t kBlockRows = 96;
 static_assert(kBlockKeys % kPanel == 0 && kBlockKeys % kDecisionColumns == 0 && kBlockRows % kTileRows == 0);
 
-// weights[count] = exp(s - lse - rest) from scores in place.
-__attribute__((noinline)) static void weights_from_lse(float* scores, int64_t count, float unit, float lse,
-                                                       float rest) {
-  const F32 units = splat(unit), minus_lse = splat(-lse), minus_rest = splat(-rest * kLog2E);
+// weights[count] from scores in place, with what forward found over all keys.
+__attribute__((noinline)) static void weights_from_stats(float* scores, int64_t count, float unit,
+                                                         float row_max, float row_sum) {
+  const F32 units = splat(unit), minus_max = splat(-row_max), per_sum = splat(1.0f / row_sum);
   for (int64_t n = 0; n < count; n += kLanes) {
-    const F32 below = fma(load(scores + n), units, minus_lse);
-    store(scores + n, exp2(fma(below, splat(kLog2E), minus_rest)));
+    const F32 below = fma(load(scores + n), units, minus_max);
+    store(scores + n, exp2(below * kLog2E) * per_sum);
   }
 }
 
@@ -159,6 +159,7 @@ class ScoreTiles {
     rows_ = head_->visibility.rows_of_keys(first, count, head_->M);
     rows_.begin = rows_.begin / kTileRows * kTileRows;
     if (rows_.begin >= rows_.end) return false;
+    if (head_->has_few_queries()) return true;
     pack_panels(key_row<T>(call_.key, *head_, h_kv_, first), call_.key.stride_row, count, call_.D, is_real_,
                 buffers_.key);
     if (wants_gradients_) {
@@ -192,11 +193,11 @@ class ScoreTiles {
     if (begin >= end) return {0, 0};
     for (int64_t n = begin; n < end; n += kPanel) {
       // Padding rows come out as zeros, or NaN, and are cleared below.
-      multiply_panel<kRows>(call_.D, buffers_.query + i * buffers_.ldq, buffers_.ldq,
-                            buffers_.key + n * call_.D, weights + n, kTileStride);
+      multiply<kRows>(buffers_.query + i * buffers_.ldq, buffers_.ldq, call_.key, buffers_.key, call_.D, n,
+                      weights + n);
       if (wants_gradients_) {
-        multiply_panel<kRows>(call_.D_v, buffers_.grad_out + i * buffers_.ldo, buffers_.ldo,
-                              buffers_.value + n * call_.D_v, grads + n, kTileStride);
+        multiply<kRows>(buffers_.grad_out + i * buffers_.ldo, buffers_.ldo, call_.value, buffers_.value,
+                        call_.D_v, n, grads + n);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -210,6 +211,23 @@ class ScoreTiles {
   }
 
  private:
+  // products[kRows, kPanel] of rows with keys or values first_ + n on, from their panels or from where they
+  // lie.
+  template <int kRows>
+  __attribute__((always_inline)) void multiply(const float* rows, int64_t stride, const HeadRows& others,
+                                               const float* panels, int64_t depth, int64_t n,
+                                               float* products) const {
+    if (!head_->has_few_queries()) {
+      multiply_panel<kRows>(depth, rows, stride, panels + n * depth, products, kTileStride);
+      return;
+    }
+    const T* const first = key_row<T>(others, *head_, h_kv_, first_);
+    for (int64_t r = 0; r < kRows; ++r) {
+      multiply_rows(rows + r * stride, first, others.stride_row, n, count_, is_real_, depth,
+                    products + r * kTileStride);
+    }
+  }
+
   void clear(float* weights, float* grads, int64_t begin, int64_t end) const {
     for (int64_t n = begin; n < end; n += kLanes) {
       store(weights + n, F32{});
@@ -221,8 +239,8 @@ class ScoreTiles {
   template <typename Fn>
   void finish_row(int64_t i, int64_t n, int64_t count, float* weights, float* grads, const Fn& on_gradient) {
     const int64_t first = first_ + n;
-    const float lse = *head_->stats(pass_.lse, i);
-    if (lse == kMinusInfinity) {
+    const float row_sum = *head_->stats(pass_.row_sum, i);
+    if (row_sum == 0.0f) {
       clear(weights, grads, 0, count);
       return;
     }
@@ -236,7 +254,7 @@ class ScoreTiles {
     if (is_whole) {
       weights_from_row(weights, count, logits_.unit, call_.sink ? call_.sink[head_->h] : kMinusInfinity);
     } else {
-      weights_from_lse(weights, count, logits_.unit, lse, *head_->stats(pass_.lse_rest, i));
+      weights_from_stats(weights, count, logits_.unit, *head_->stats(pass_.row_max, i), row_sum);
     }
     const Dropout& dropout = call_.dropout;
     const uint16_t* decisions = nullptr;

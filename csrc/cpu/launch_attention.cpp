@@ -34,7 +34,7 @@ void divide_work(AttentionFwd& fwd) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> attention_fwd(FASTFORMER_ATTENTION_PARAMETERS) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(FASTFORMER_ATTENTION_PARAMETERS) {
   const AttentionCall call(FASTFORMER_ATTENTION_ARGUMENTS);
   AttentionFwd fwd{};
   fwd.attention = call.attention;
@@ -46,15 +46,17 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(FASTFORMER_ATTENTION_PARAMETERS
   sizes.pop_back();
   if (call.packed()) std::swap(sizes[0], sizes[1]);
   Tensor lse = empty(sizes, DType::kFloat32);
-  Tensor lse_rest = empty(sizes, DType::kFloat32);
+  Tensor row_max = empty(sizes, DType::kFloat32);
+  Tensor row_sum = empty(sizes, DType::kFloat32);
   fwd.out = head_rows(out);
   fwd.lse = row_stats(lse);
-  fwd.lse_rest = row_stats(lse_rest);
+  fwd.row_max = row_stats(row_max);
+  fwd.row_sum = row_stats(row_sum);
   divide_work(fwd);
   const int64_t items = attention.B * attention.H * fwd.chunks;
   run_items(items, products_of_head(attention) / std::max<int64_t>(fwd.chunks, 1),
             [&](WorkQueue& queue) { kernels().attention.fwd(fwd, queue); });
-  return {out, lse, lse_rest};
+  return {out, lse, row_max, row_sum};
 }
 
 }  // namespace fastformer::cpu

@@ -26,16 +26,17 @@ using torch::stable::Tensor;
    relative_bias, sink,        seed,    cu_seqlens_q, cu_seqlens_k,     scale,       left, \
    right,         lower_right, softcap, dropout_p,    max_seqlen_q,     max_seqlen_k}
 
-// out, lse, lse_rest
-std::tuple<Tensor, Tensor, Tensor> attention_fwd(FASTFORMER_ATTENTION_PARAMETERS);
+// out, lse, row_max, row_sum
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(FASTFORMER_ATTENTION_PARAMETERS);
 
-Tensor attention_weights(const Tensor& lse, const Tensor& lse_rest, FASTFORMER_ATTENTION_PARAMETERS,
+Tensor attention_weights(const Tensor& row_max, const Tensor& row_sum, FASTFORMER_ATTENTION_PARAMETERS,
                          bool mean);
 
 // Gradients of query, key, value, bias, relative_bias and sink.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_lse,
-    const std::optional<Tensor>& grad_weights, const Tensor& out, const Tensor& lse, const Tensor& lse_rest,
-    FASTFORMER_ATTENTION_PARAMETERS, bool need_bias, bool need_relative_bias, bool need_sink);
+    const std::optional<Tensor>& grad_weights, const Tensor& out, const Tensor& row_max,
+    const Tensor& row_sum, FASTFORMER_ATTENTION_PARAMETERS, bool need_bias, bool need_relative_bias,
+    bool need_sink);
 
 }  // namespace fastformer::cpu

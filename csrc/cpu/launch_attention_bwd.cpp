@@ -32,14 +32,15 @@ Tensor nothing(DType dtype) { return empty({0}, dtype); }
 
 float* floats(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
-ScorePass score_pass(const AttentionCall& call, const Tensor& lse, const Tensor& lse_rest) {
-  STD_TORCH_CHECK(lse.is_contiguous() && lse_rest.is_contiguous() &&
-                      lse.numel() == call.total_rows() * call.attention.H && lse_rest.numel() == lse.numel(),
-                  "lse and lse_rest must be as attention_fwd gave them");
+ScorePass score_pass(const AttentionCall& call, const Tensor& row_max, const Tensor& row_sum) {
+  const int64_t rows = call.total_rows() * call.attention.H;
+  STD_TORCH_CHECK(row_max.is_contiguous() && row_sum.is_contiguous() && row_max.numel() == rows &&
+                      row_sum.numel() == rows,
+                  "row_max and row_sum must be as attention_fwd gave them");
   ScorePass pass{};
   pass.attention = call.attention;
-  pass.lse = row_stats(lse);
-  pass.lse_rest = row_stats(lse_rest);
+  pass.row_max = row_stats(row_max);
+  pass.row_sum = row_stats(row_sum);
   pass.grad_weights_scale = 1.0f;
   return pass;
 }
@@ -170,13 +171,13 @@ bool is_whole(const Tensor& bias, const Attention& call) {
 
 }  // namespace
 
-Tensor attention_weights(const Tensor& lse, const Tensor& lse_rest, FASTFORMER_ATTENTION_PARAMETERS,
+Tensor attention_weights(const Tensor& row_max, const Tensor& row_sum, FASTFORMER_ATTENTION_PARAMETERS,
                          bool mean) {
   const AttentionCall call(FASTFORMER_ATTENTION_ARGUMENTS);
   const Attention& attention = call.attention;
   const int64_t B = attention.B, H = attention.H, M = attention.M, N = attention.N;
   ScoreSum sum{};
-  sum.scores = score_pass(call, lse, lse_rest);
+  sum.scores = score_pass(call, row_max, row_sum);
   sum.factor = mean ? 1.0f / static_cast<float>(std::max<int64_t>(H, 1)) : 1.0f;
   sum.target_B = B;
   sum.target_H = mean ? 1 : H;
@@ -189,14 +190,15 @@ Tensor attention_weights(const Tensor& lse, const Tensor& lse_rest, FASTFORMER_A
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_lse,
-    const std::optional<Tensor>& grad_weights, const Tensor& out, const Tensor& lse, const Tensor& lse_rest,
-    FASTFORMER_ATTENTION_PARAMETERS, bool need_bias, bool need_relative_bias, bool need_sink) {
+    const std::optional<Tensor>& grad_weights, const Tensor& out, const Tensor& row_max,
+    const Tensor& row_sum, FASTFORMER_ATTENTION_PARAMETERS, bool need_bias, bool need_relative_bias,
+    bool need_sink) {
   const AttentionCall call(FASTFORMER_ATTENTION_ARGUMENTS);
   AttentionBwd bwd{};
-  bwd.scores = score_pass(call, lse, lse_rest);
+  bwd.scores = score_pass(call, row_max, row_sum);
   ScorePass& pass = bwd.scores;
   const Attention& attention = pass.attention;
-  const Incoming incoming(grad_out, grad_lse, grad_weights, out, lse, pass);
+  const Incoming incoming(grad_out, grad_lse, grad_weights, out, row_max, pass);
   const Tensor out_rows = with_contiguous_rows(out);
   bwd.out = head_rows(out_rows);
   divide_work(bwd);
@@ -206,13 +208,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   bwd.grad_key = head_rows(grad_key);
   bwd.grad_value = head_rows(grad_value);
   bwd.query_elements = query.numel();
-  Tensor delta = empty(sizes_of(lse), DType::kFloat32);
+  Tensor delta = empty(sizes_of(row_max), DType::kFloat32);
   pass.delta = row_stats(delta);
   Tensor grad_bias = nothing(bias ? dtype_of(*bias) : attention.dtype);
   const bool wants_bias = bias.has_value() && need_bias;
   const bool by_row = wants_bias && (bias->dim() == 0 || bias->size(bias->dim() - 1) == 1);
   const bool whole_bias = wants_bias && !by_row && is_whole(*bias, attention);
-  Tensor row_gradients = by_row ? empty(sizes_of(lse), DType::kFloat32) : nothing(DType::kFloat32);
+  Tensor row_gradients = by_row ? empty(sizes_of(row_max), DType::kFloat32) : nothing(DType::kFloat32);
   if (by_row) bwd.grad_rows = row_stats(row_gradients);
   if (whole_bias) {
     grad_bias = empty_as(*bias);

@@ -69,16 +69,16 @@ def _spread(spec: AttentionSpec) -> tuple[Any, ...]:
 
 
 def attention_fwd(backend: str, spec: AttentionSpec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """out, lse, lse_rest."""
+    """out, lse, row_max, row_sum."""
     return _raw("attention_fwd", backend)(*tensors, *_spread(spec))
 
 
 def attention_weights(
-    backend: str, spec: AttentionSpec, lse: Tensor, lse_rest: Tensor, *tensors: Tensor | None
+    backend: str, spec: AttentionSpec, row_max: Tensor, row_sum: Tensor, *tensors: Tensor | None
 ) -> Tensor:
     """[B, H, M, N], or averaged over heads [B, M, N], as spec.return_weights says."""
     mean = spec.return_weights == "mean"
-    return _raw("attention_weights", backend)(lse, lse_rest, *tensors, *_spread(spec), mean)
+    return _raw("attention_weights", backend)(row_max, row_sum, *tensors, *_spread(spec), mean)
 
 
 def attention_bwd(
@@ -92,7 +92,7 @@ def attention_bwd(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, bias, relative_bias and sink, None where there is no need of one.
 
-    `saved`: out, lse, lse_rest, and the tensors of the call."""
+    `saved`: out, row_max, row_sum, and the tensors of the call."""
     grads = _raw("attention_bwd", backend)(
         grad_out, grad_lse, grad_weights, *saved, *_spread(spec), *needs[3:]
     )

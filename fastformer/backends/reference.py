@@ -302,8 +302,8 @@ def attention_bwd(
     grad_lse: Tensor | None,
     grad_weights: Tensor | None,
     out: Tensor,
-    lse: Tensor,
-    lse_rest: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
     *tensors: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, bias, relative_bias and sink, None where there is no need of one."""

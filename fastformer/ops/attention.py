@@ -29,24 +29,24 @@ _SPEC = (
 
 def _attention_fwd_fake(
     query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **named: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = query.new_empty((*query.shape[:-1], value.shape[-1]))
     packed = query.dim() == 3
     rows = (query.shape[1], query.shape[0]) if packed else query.shape[:-1]
-    lse = query.new_empty(rows, dtype=torch.float32)
-    return out, lse, torch.empty_like(lse)
+    lse, row_max, row_sum = (query.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    return out, lse, row_max, row_sum
 
 
-# lse_rest is what rounding lse to float32 left off: exp((score - lse) - lse_rest) is a weight to full
-# precision, also where scores are so large that lse alone cannot tell one key from a thousand.
+# row_max is a row's largest logit, row_sum its sum of exp(score - row_max), -inf and 0 where nothing is visible:
+# exp(score - row_max) / row_sum is a weight to full precision, which exp(score - lse) is not.
 define(
     "attention_fwd",
-    f"({_TENSORS}, {_SPEC}) -> (Tensor out, Tensor lse, Tensor lse_rest)",
+    f"({_TENSORS}, {_SPEC}) -> (Tensor out, Tensor lse, Tensor row_max, Tensor row_sum)",
     _attention_fwd_fake,
 )
 
 
-def _attention_weights_fake(lse: Tensor, lse_rest: Tensor, *arguments: Any, **named: Any) -> Tensor:
+def _attention_weights_fake(row_max: Tensor, row_sum: Tensor, *arguments: Any, **named: Any) -> Tensor:
     query, key, cu_seqlens_q = arguments[0], arguments[1], arguments[10]
     max_seqlen_q, max_seqlen_k, mean = arguments[-3:]
     if cu_seqlens_q is None:
@@ -58,7 +58,7 @@ def _attention_weights_fake(lse: Tensor, lse_rest: Tensor, *arguments: Any, **na
 
 define(
     "attention_weights",
-    f"(Tensor lse, Tensor lse_rest, {_TENSORS}, {_SPEC}, bool mean) -> Tensor",
+    f"(Tensor row_max, Tensor row_sum, {_TENSORS}, {_SPEC}, bool mean) -> Tensor",
     _attention_weights_fake,
 )
 
@@ -68,8 +68,8 @@ def _attention_bwd_fake(
     grad_lse: Tensor | None,
     grad_weights: Tensor | None,
     out: Tensor,
-    lse: Tensor,
-    lse_rest: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
     *arguments: Any,
     **named: Any,
 ) -> tuple[Tensor, ...]:
@@ -91,7 +91,7 @@ def _attention_bwd_fake(
 # Of the gradients of bias, relative_bias and sink those that are not needed are empty.
 define(
     "attention_bwd",
-    "(Tensor? grad_out, Tensor? grad_lse, Tensor? grad_weights, Tensor out, Tensor lse, Tensor lse_rest,"
+    "(Tensor? grad_out, Tensor? grad_lse, Tensor? grad_weights, Tensor out, Tensor row_max, Tensor row_sum,"
     f" {_TENSORS}, {_SPEC}, bool need_bias, bool need_relative_bias, bool need_sink)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _attention_bwd_fake,
@@ -111,17 +111,16 @@ class Attention(Operator):
         return (out, lse) if weights is None else (out, lse, weights)
 
     def forward(self, call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
-        out, lse, lse_rest = call.forward.attention_fwd(call.spec, *tensors)
+        out, lse, *row_stats = call.forward.attention_fwd(call.spec, *tensors)
         if call.spec.return_weights is None:
-            return out, lse, lse_rest
-        weights = call.forward.attention_weights(call.spec, lse, lse_rest, *tensors)
-        return out, lse, weights, lse_rest
+            return out, lse, *row_stats
+        return out, lse, call.forward.attention_weights(call.spec, *row_stats, *tensors), *row_stats
 
     def differentiable(self, spec: AttentionSpec, tensors: Tensors) -> int:
         return 2 if spec.return_weights is None else 3
 
     def saved(self, tensors: Tensors, outputs: tuple[Tensor, ...]) -> Tensors:
-        return *outputs[:2], outputs[-1], *tensors
+        return outputs[0], *outputs[-2:], *tensors
 
     def backward(
         self,
