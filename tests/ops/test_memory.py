@@ -82,8 +82,8 @@ def test_feed_forward_keeps_its_pre_activations_or_nothing(call):
     skip_unless_built("cpu")
     saved = 0 if "recompute" in call else 2 if "swiglu" in call else 1
     found = growth_in_hidden_rows(peaks("cpu", FEED_FORWARD, (FEW_ROWS, MANY_ROWS)), call)
-    # Half a row beside them: x, out and their gradients are 4 E / F of one, and scratch differed from process to
-    # process by up to a third.
+    # Half a row beside them: x, out and their gradients are 4 E / F of one, and scratch differs from process
+    # to process by up to a third.
     assert saved - 0.5 < found < saved + 0.5
 
 
