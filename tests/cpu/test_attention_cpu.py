@@ -15,24 +15,10 @@ from ..ops.judging import another_draw, assert_accurate_over_draws
 if cpu.ready() is not None:
     pytest.skip(cpu.ready(), allow_module_level=True)
 
-from fastformer import _C
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (1, 3, 40, 64, 80, 96, 128, 200, 256)
 # Where a key block ends (512; 256 for wide heads), where a panel ends, and neither.
 LENGTHS = (1, 31, 32, 33, 257, 512, 513)
-
-
-@pytest.fixture(params=_C.build_info()["isa_levels"], autouse=True)
-def isa(request):
-    best = _C.isa()
-    if not _C.set_isa(request.param):
-        pytest.skip(f"this machine has no {request.param}")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield request.param
-    torch.set_num_threads(threads)
-    _C.set_isa(best)
 
 
 def run(inputs, *, scale=None, causal=False, window=None, corner=None):

@@ -17,23 +17,10 @@ from ..ops.philox import keep_scale, norm_keep
 if cpu.ready() is not None:
     pytest.skip(cpu.ready(), allow_module_level=True)
 
-from fastformer import _C
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("layer", "rms")
 COLUMNS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 64, 100, 384, 768, 1000, 1024, 4096, 65536)
 EPS = 1e-5
-
-
-@pytest.fixture(params=_C.build_info()["isa_levels"], autouse=True)
-def isa(request):
-    best, threads = _C.isa(), torch.get_num_threads()
-    if not _C.set_isa(request.param):
-        pytest.skip(f"this machine has no {request.param}")
-    torch.set_num_threads(1)
-    yield request.param
-    torch.set_num_threads(threads)
-    _C.set_isa(best)
 
 
 def draw(*shape, dtype=torch.float32, seed=0):

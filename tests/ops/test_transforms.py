@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import fastformer
 from fastformer.testing import attention_inputs, feed_forward_inputs, norm_inputs, outputs_and_gradients
 
-from .judging import HAS_EXTENSION, assert_accurate_over_draws, assert_same_bits
+from .judging import assert_accurate_over_draws, assert_same_bits
 from .operators import OPERATORS, as_tuple
 
 each_operator = pytest.mark.parametrize("name", OPERATORS)
@@ -358,47 +358,3 @@ def test_autocast_that_is_off_changes_nothing():
     q = attention_inputs()
     with torch.autocast("cpu", torch.bfloat16, enabled=False):
         assert fastformer.attention(**q).dtype == torch.float32
-
-
-# --- raw ops
-
-
-def raw_calls():
-    """Name -> arguments, in the order of the schema."""
-    a = list(attention_inputs(B=2, H=4, H_kv=2, M=5, N=9, D=8).values())
-    none = (None,) * 5
-    padding = torch.arange(9) < torch.tensor([[9], [4]])
-    attention = (*a, None, padding, None, None, None, None, None, None, None, 0.3)
-    n = norm_inputs(3, 4, 16)
-    x, residual, weight, bias = n.values()
-    seed = torch.tensor([3])
-    f = feed_forward_inputs(3, 7, gated=True)
-    gates = (f["w_gate"], f["b_gate"])
-    calls = {
-        "attention_fwd": [
-            (*attention, None, None, False, None, 0.0, None, None),
-            (*attention, None, 0, True, None, 0.0, None, None),
-        ],
-        "norm_fwd": [
-            (x, residual, weight, bias, seed, False, 1e-5, 0.1),
-            (x, None, weight, None, None, True, 1e-5, 0.0),
-        ],
-        "feed_forward_fwd": [
-            (f["x"], f["w1"], f["b1"], *gates, f["w2"], f["b2"], None, "silu", 0.0, True),
-            (f["x"], f["w1"], None, None, None, f["w2"], None, None, "gelu", 0.0, False),
-        ],
-    }
-    assert len(none) == 5
-    mean, rstd = torch.randn(3, 4), torch.rand(3, 4) + 0.5
-    calls["norm_bwd"] = [
-        (x, residual, x, weight, mean, rstd, seed, False, 0.1, True, True),
-        (x, None, x, None, torch.empty(0), rstd, None, True, 0.0, False, False),
-    ]
-    return calls
-
-
-@pytest.mark.skipif(not HAS_EXTENSION, reason="the _cpu ops are implemented by the compiled extension")
-@pytest.mark.parametrize("op", ("attention_fwd", "norm_fwd", "norm_bwd", "feed_forward_fwd"))
-def test_opcheck(op):
-    for arguments in raw_calls()[op]:
-        torch.library.opcheck(getattr(torch.ops.fastformer, f"{op}_cpu").default, arguments)
