@@ -1,4 +1,4 @@
-"""The contract's dropout decisions in plain PyTorch: the generator and its maps from elements to decisions."""
+"""The contract's dropout decisions in plain PyTorch: the generator, its maps from elements to decisions."""
 
 from __future__ import annotations
 

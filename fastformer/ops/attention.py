@@ -37,8 +37,8 @@ def _attention_fwd_fake(
     return out, lse, row_max, row_sum
 
 
-# row_max is a row's largest score, row_sum its sum of exp(score - row_max); -inf and 0 where nothing is visible.
-# exp(score - row_max) / row_sum is a weight to full precision, which exp(score - lse) is not.
+# row_max is a row's largest score, row_sum its sum of exp(score - row_max); -inf and 0 where none
+# is visible. exp(score - row_max) / row_sum is a weight to full precision, which exp(score - lse) is not.
 define(
     "attention_fwd",
     f"({_TENSORS}, {_SPEC}) -> (Tensor out, Tensor lse, Tensor row_max, Tensor row_sum)",
