@@ -49,7 +49,7 @@ static void finish_rows(const FeedForwardBwd& call, const HiddenGroup& group, in
     };
     for (int64_t c = 0; c < whole_registers; c += kLanes) {
       const int64_t column = group.first_column + c;
-      const int n = column < call.F ? (int)fewer(kLanes, call.F - column) : 0;
+      const int n = column < call.F ? (int)smaller(kLanes, call.F - column) : 0;
       const int64_t at_saved = row * call.F + column, at_sums = row * kGroupColumns + c;
       const F32 pre = load_pre((const T*)call.pre, group.pre, call.b1, at_saved, at_sums, column, n);
       const I32 real = lane_index() < n;
@@ -92,7 +92,7 @@ static void finish_hidden_bwd(const FeedForwardBwd& call, const HiddenGroup& gro
   };
   for (int64_t row = 0; row < call.rows; row += kSumRows) {
     float bias_sums[2 * kGroupColumns] = {};
-    finish_rows<T, Act>(call, group, row, fewer(row + kSumRows, call.rows), bias_sums);
+    finish_rows<T, Act>(call, group, row, smaller(row + kSumRows, call.rows), bias_sums);
     add_to(call.db1, bias_sums);
     add_to(call.db_gate, bias_sums + kGroupColumns);
   }
@@ -122,7 +122,7 @@ static void product_with_columns(const Operand* a, int64_t lda, int64_t rows, co
   const int64_t ldw = weight.row_stride;
   const T* const w = (const T*)weight.data + first_column;
   const auto pack = [&](int64_t k, int64_t count, int64_t j, Operand* panel) {
-    pack_columns(w + k * ldw + j, ldw, fewer(kPanel, columns - j), count, panel);
+    pack_columns(w + k * ldw + j, ldw, smaller(kPanel, columns - j), count, panel);
   };
   packed_product(a, lda, rows, columns, depth, c, panels, pack);
 }

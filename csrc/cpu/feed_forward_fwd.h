@@ -25,7 +25,7 @@ static void finish_hidden(const FeedForwardFwd& call, int64_t first_column, int6
     OperandOf<T>* const hidden = (OperandOf<T>*)call.hidden + row * call.hidden_stride + first_column;
     for (int64_t c = 0; c < whole_registers; c += kLanes) {
       const int64_t column = first_column + c;
-      const int n = column < call.F ? (int)fewer(kLanes, call.F - column) : 0;
+      const int n = column < call.F ? (int)smaller(kLanes, call.F - column) : 0;
       F32 x = load(sums + row * kGroupColumns + c);
       if (call.b1) x += load_up_to(call.b1 + column, n);
       if (call.pre) store_up_to((T*)call.pre + row * call.F + column, x, n);
@@ -94,7 +94,7 @@ static void output_columns(const FeedForwardFwd& call, ColumnQueue& queue, Opera
     for (int64_t row = 0; row < call.rows; ++row) {
       T* const out = (T*)call.out + row * call.E_out + j;
       for (int64_t c = 0; c < columns; c += kLanes) {
-        const int n = (int)fewer(kLanes, columns - c);
+        const int n = (int)smaller(kLanes, columns - c);
         F32 y = load(sums + row * kGroupColumns + c);
         if (call.b2) y += load_up_to(call.b2 + j + c, n);
         store_up_to(out + c, y, n);

@@ -13,14 +13,12 @@ namespace fastformer::cpu::FASTFORMER_ISA {
 // Packed panels of kDepthBlock x kGroupColumns lanes: 256 KB, for L2.
 constexpr int64_t kPanelFloats = kDepthBlock * kGroupColumns;
 
-FASTFORMER_INLINE int64_t fewer(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // fn(first column, columns) for one part of the queue after the other.
 template <typename Fn>
 FASTFORMER_INLINE void over_columns(ColumnQueue& queue, Fn fn) {
   for (int64_t item = take(queue.items); item < queue.items.count; item = take(queue.items)) {
     const int64_t first = item * queue.width;
-    fn(first, fewer(queue.width, queue.columns - first));
+    fn(first, smaller(queue.width, queue.columns - first));
   }
 }
 
@@ -54,7 +52,7 @@ FASTFORMER_INLINE F32 load_columns(BFloat16, const BFloat16* p, int64_t stride, 
 // panel[depth, kPanel] = rows[depth, columns], columns <= kPanel, as pack_panel() leaves its transpose.
 template <typename T, typename Operand>
 static void pack_columns(const T* rows, int64_t stride, int64_t columns, int64_t depth, Operand* panel) {
-  const int first = (int)fewer(columns, kLanes), second = (int)columns - first;
+  const int first = (int)smaller(columns, kLanes), second = (int)columns - first;
   for (int64_t k = 0; k < depth; k += kPerLane<Operand>) {
     const T* const source = rows + k * stride;
     float* const target = (float*)(panel + k * kPanel);
@@ -72,7 +70,7 @@ static void pack_transposed(const T* rows, int64_t stride, int64_t columns, int6
   constexpr int64_t kElements = kLanes * kPerLane<Operand>;
   for (int64_t k = 0; k < depth; k += kElements) {
     for (int64_t j = 0; j < columns; j += kLanes) {
-      const int n = (int)fewer(kLanes, columns - j);
+      const int n = (int)smaller(kLanes, columns - j);
       F32 block[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
@@ -124,9 +122,9 @@ static void packed_tile(const Operand* a, int64_t lda, int64_t depth, const Oper
   }
   float part[kRows * kPanel];
   tile.store_to(part, kPanel);
-  for (int64_t i = 0; i < fewer(rows, kRows); ++i) {
-    for (int64_t j = 0; j < fewer(columns, kPanel); j += kLanes) {
-      const int n = (int)fewer(kLanes, columns - j);
+  for (int64_t i = 0; i < smaller(rows, kRows); ++i) {
+    for (int64_t j = 0; j < smaller(columns, kPanel); j += kLanes) {
+      const int n = (int)smaller(kLanes, columns - j);
       F32 x = load(part + i * kPanel + j);
       if (before) x += load_up_to(before + i * before_stride + j, n);
       store_up_to(c + i * ldc + j, x, n);
@@ -162,7 +160,7 @@ static void packed_product(const Operand* a, int64_t lda, int64_t rows, int64_t 
   const int64_t blocks = (depth + kMostDepth - 1) / kMostDepth;
   const int64_t block_depth = round_up<int64_t>((depth + blocks - 1) / blocks, kLanes * kPerLane<Operand>);
   for (int64_t k = 0; k < depth; k += block_depth) {
-    const int64_t count = fewer(block_depth, depth - k);
+    const int64_t count = smaller(block_depth, depth - k);
     const int64_t panel_depth = round_up<int64_t>(count, kPerLane<Operand>);
     for (int64_t j = 0; j < columns; j += kPanel) pack(k, count, j, panels + j * panel_depth);
     const float* const before = c.first && k == 0 ? nullptr : c.sums;

@@ -69,7 +69,7 @@ static void dot_product(const Operand* a, int64_t lda, int64_t rows, const T* w,
   // Few enough columns at a time for their weights to stay in L2 while the rows pass.
   const int64_t step = round_up<int64_t>(1 + 65536 / depth, kDots);
   for (int64_t j = 0; j < columns; j += step) {
-    const int64_t count = fewer(step, columns - j);
+    const int64_t count = smaller(step, columns - j);
     int64_t row = dot_rows<4>(a, lda, 0, rows, w + j * ldw, ldw, count, depth, c + j, ldc);
     row = dot_rows<2>(a, lda, row, rows, w + j * ldw, ldw, count, depth, c + j, ldc);
     dot_rows<1>(a, lda, row, rows, w + j * ldw, ldw, count, depth, c + j, ldc);
@@ -89,7 +89,7 @@ static void linear_product(const Operand* a, int64_t lda, int64_t rows, int64_t 
     return;
   }
   const auto pack = [&](int64_t k, int64_t count, int64_t j, Operand* panel) {
-    pack_panel(w + j * ldw + k, ldw, fewer(kPanel, columns - j), count, nullptr, panel);
+    pack_panel(w + j * ldw + k, ldw, smaller(kPanel, columns - j), count, nullptr, panel);
   };
   packed_product(a, lda, padded_rows, round_up<int64_t>(columns, kPanel), depth,
                  product_into(c, kGroupColumns), panels, pack);

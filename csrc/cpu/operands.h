@@ -59,9 +59,9 @@ static void column_sums(const RowMatrix& matrix, DType dtype, double* sums, int6
   with_type(dtype, [&](auto type) {
     const auto* const data = (const decltype(type)*)matrix.data;
     for (int64_t row = 0; row < matrix.rows; row += kSumRows) {
-      const int64_t row_end = fewer(row + kSumRows, matrix.rows);
+      const int64_t row_end = smaller(row + kSumRows, matrix.rows);
       for (int64_t j = column_begin; j < column_end; j += kLanes) {
-        const int n = (int)fewer(kLanes, column_end - j);
+        const int n = (int)smaller(kLanes, column_end - j);
         F32 sum{};
         for (int64_t i = row; i < row_end; ++i) sum += load_up_to(data + i * matrix.row_stride + j, n);
         for (int l = 0; l < n; ++l) sums[j + l] += sum[l];
@@ -81,8 +81,8 @@ static void weight_bwd(const WeightGradient& gradient, ColumnQueue& queue) {
       using Operand = decltype(operand);
       over_columns(queue, [&](int64_t first, int64_t columns) {
         const auto pack = [&](int64_t k, int64_t count, int64_t j, Operand* panel) {
-          pack_columns(data + k * right.row_stride + first + j, right.row_stride, fewer(kPanel, columns - j),
-                       count, panel);
+          pack_columns(data + k * right.row_stride + first + j, right.row_stride,
+                       smaller(kPanel, columns - j), count, panel);
         };
         const Product<T> dw = {
             (T*)gradient.dw + first, N, gradient.sums + first, N, gradient.first, gradient.last};

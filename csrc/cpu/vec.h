@@ -33,6 +33,9 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
+FASTFORMER_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTFORMER_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 using F32 = float __attribute__((vector_size(4 * kLanes)));
 using I32 = int32_t __attribute__((vector_size(4 * kLanes)));
 using U32 = uint32_t __attribute__((vector_size(4 * kLanes)));

@@ -12,9 +12,6 @@ namespace fastformer::cpu::FASTFORMER_ISA {
 
 constexpr float kMinusInfinity = -__builtin_inff();
 
-FASTFORMER_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTFORMER_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Lanes whose byte is not 0.
 FASTFORMER_INLINE I32 load_mask(const uint8_t* bytes) {
   typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
