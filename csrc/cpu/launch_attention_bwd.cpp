@@ -218,7 +218,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   if (by_row) bwd.grad_rows = row_stats(row_gradients);
   if (whole_bias) {
     grad_bias = empty_as(*bias);
-    std::memset(grad_bias.mutable_data_ptr(), 0, grad_bias.numel() * size_of(dtype_of(grad_bias)));
+    // An empty tensor's pointer is null, which memset must not get.
+    const int64_t bytes = grad_bias.numel() * size_of(dtype_of(grad_bias));
+    if (bytes > 0) std::memset(grad_bias.mutable_data_ptr(), 0, bytes);
     bwd.grad_bias = score_matrix(grad_bias, attention, "bias");
   }
   const int64_t heads = attention.B * attention.H;
