@@ -14,43 +14,33 @@ from .judging import judge
 # nearly the same, the very same where it has all of it. The plain formula's delta is the sum of P dP, whose
 # errors are dP's own and go with them: with one key it has no error at all. A kernel takes delta = do · out,
 # D_v products whose sum rounds apart from dP's (of D_v = 16 and one key errors of 1.4e-6 were measured). So
-# for such keys, and no other, the baseline is granted one float32 rounding of what is subtracted. A bias that
-# is constant over the keys has them all at once: of its gradient nothing is left but that, and of a float32
-# bias beside 16-bit queries what `out` lost when it was rounded to 16 bits.
+# for such keys, and no other, the baseline is granted one float32 rounding of what is subtracted.
 MOST_OF_THE_WEIGHT = 0.5
 ROUNDING = torch.finfo(torch.float32).eps
 
 
-def _rounded_scores(
-    grad_out, grad_weights, out_eps, query, key, value, bias=None, relative_bias=None, **arguments
-):
+def _rounded_scores(grad_out, grad_weights, query, key, value, bias=None, relative_bias=None, **arguments):
     """The sum of the scores of one padded call, each times what its gradient may lose."""
-    out, weights = plain.attention(
+    weights = plain.attention(
         query, key, value, bias=bias, relative_bias=relative_bias, **arguments, return_weights=True
-    )
+    )[1]
     groups = query.shape[1] // max(key.shape[1], 1)
     terms = grad_out.abs() @ value.abs().repeat_interleave(groups, 1).transpose(-1, -2)
     if grad_weights is not None:
         terms = terms + grad_weights.abs()
-    of_keys = (ROUNDING * weights * terms).detach()
-    lost = torch.where(weights > MOST_OF_THE_WEIGHT, of_keys, 0.0)
+    lost = torch.where(weights > MOST_OF_THE_WEIGHT, ROUNDING * weights * terms, 0.0).detach()
     scale = arguments.get("scale")
     scores = query.abs() @ key.abs().repeat_interleave(groups, 1).transpose(-1, -2)
     scores = scores * (query.shape[-1] ** -0.5 if scale is None else abs(scale))
+    if bias is not None:
+        scores = scores + bias.nan_to_num(neginf=0.0)
     if relative_bias is not None:
         scores = scores + plain.toeplitz(relative_bias, *scores.shape[-2:])
-    total = (scores * lost).sum()
-    if bias is None:
-        return total
-    if bias.shape[-1:] in ((), (1,)):
-        of_out = out_eps * (grad_out.abs() * out.abs()).sum(-1, keepdim=True)
-        lost = of_keys + (weights * of_out).detach()
-    return total + (bias.nan_to_num(neginf=0.0) * lost).sum()
+    return (scores * lost).sum()
 
 
 def rounding_of_heavy_keys(inputs, plain_only):
     """Gradient's name -> the error that it is granted, for the keys that have most of a row's weight."""
-    out_eps = torch.finfo(inputs["query"].dtype).eps / 2
     inputs = in_float64(inputs)
     leaves = {name: t for name, t in inputs.items() if isinstance(t, torch.Tensor) and t.requires_grad}
     wanted = [name for name in ("query", "key", "bias", "relative_bias") if name in leaves]
@@ -69,15 +59,15 @@ def rounding_of_heavy_keys(inputs, plain_only):
     for name in ("keep", "return_lse"):
         arguments.pop(name, None)
     total = (
-        sum(_of_sequences(grad_out, grad_weights, out_eps, arguments))
+        sum(_of_sequences(grad_out, grad_weights, arguments))
         if packed
-        else _rounded_scores(grad_out, grad_weights, out_eps, **arguments)
+        else _rounded_scores(grad_out, grad_weights, **arguments)
     )
     errors = torch.autograd.grad(total, [leaves[name] for name in wanted], allow_unused=True)
     return {f"d_{name}": error.abs() for name, error in zip(wanted, errors, strict=True) if error is not None}
 
 
-def _of_sequences(grad_out, grad_weights, out_eps, arguments):
+def _of_sequences(grad_out, grad_weights, arguments):
     spans = arguments["cu_seqlens_q"].diff().tolist()
     pieces = zip(grad_out.split(spans), plain.sequences(**arguments), strict=True)
     for index, (grad, of_sequence) in enumerate(pieces):
@@ -87,7 +77,7 @@ def _of_sequences(grad_out, grad_weights, out_eps, arguments):
         weights = grad_weights
         if weights is not None:
             weights = weights[index : index + 1, :, : query.shape[2], : key.shape[2]]
-        yield _rounded_scores(grad.transpose(0, 1)[None], weights, out_eps, **of_sequence)
+        yield _rounded_scores(grad.transpose(0, 1)[None], weights, **of_sequence)
 
 
 def judge_attention(inputs, **how):

@@ -93,6 +93,29 @@ def test_weights_and_lse_with_gradients(backend, name, weights, dtype):
     judge_attention(inputs, backend=backend)
 
 
+@pytest.mark.parametrize("size", ("B", "H", "M", "N"))
+@pytest.mark.parametrize("weights", (False, "per_head", "mean"))
+def test_everything_of_nothing(size, weights):
+    """Every argument, of no batch, no heads, no queries or no keys."""
+    sizes = {"B": 2, "H": 4, "M": 40, "N": 70} | {size: 0}
+    B, H, M, N = sizes.values()
+    d = Draw(torch.float32)
+    inputs = attention_inputs(**sizes, requires_grad=True) | {
+        "mask": d.bools(B, 1, M, N),
+        "key_padding_mask": d.bools(B, N),
+        "key_lengths": torch.full((B,), N),
+        "window": (30, 10),
+        "corner": "lower_right",
+        "bias": d.floats(1, H, M, N),
+        "relative_bias": d.floats(H, M + N - 1),
+        "sink": d.floats(H),
+        "softcap": 5.0,
+        "return_lse": True,
+        "return_weights": weights,
+    }
+    judge_attention(inputs, backend="cpu")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_weights_of_every_call(name):
     """After the named cases of the first test, the second pass over lse alone."""

@@ -255,6 +255,35 @@ def test_explain_of_a_call_that_only_the_reference_serves():
     assert explanation.backend == "reference" and "float64" in explanation.refusals["norm_fwd"]["cpu"]
 
 
+WHAT_CPU_REFUSES = {
+    "wide head": (fastformer.attention, lambda: attention_inputs(D=257), "256"),
+    "wide value": (fastformer.attention, lambda: attention_inputs(D=8, D_v=257), "256"),
+    "float64": (fastformer.attention, lambda: attention_inputs(dtype=torch.float64), "float64"),
+    "float64 bias": (
+        fastformer.attention,
+        lambda: attention_inputs(M=5, N=7) | {"bias": zeros(5, 7, dtype=torch.float64)},
+        "float64",
+    ),
+    "float64 rows": (
+        fastformer.feed_forward,
+        lambda: feed_forward_inputs(3, dtype=torch.float64),
+        "float64",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WHAT_CPU_REFUSES)
+def test_what_the_cpu_backend_refuses_in_both_directions(what):
+    skip_unless_built("cpu")
+    fn, call, word = WHAT_CPU_REFUSES[what]
+    with pytest.raises(fastformer.BackendError, match=word) as raised:
+        fn(**call(), backend="cpu")
+    assert "cpu" in str(raised.value)
+    explanation = fastformer.explain(fn, **call())
+    assert set(explanation.backends.values()) == {"reference"}
+    assert all(word in reasons["cpu"] for reasons in explanation.refusals.values())
+
+
 def test_explain_obeys_a_named_backend_and_use_backend():
     fn, call = CALLS["layer_norm"]
     assert fastformer.explain(fn, **call(), backend="reference").backend == "reference"

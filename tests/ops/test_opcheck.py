@@ -46,16 +46,16 @@ def attention_tensors():
 
 def attention_calls(op):
     for tensors, spec in attention_tensors().values():
-        out, lse, lse_rest = torch.ops.fastformer.attention_fwd_cpu(*tensors, *spec)
+        out, lse, row_max, row_sum = torch.ops.fastformer.attention_fwd_cpu(*tensors, *spec)
         packed = tensors[10] is not None
         if op == "attention_fwd":
             yield (*tensors, *spec)
         elif op == "attention_weights":
             for mean in (False, True):
-                yield (lse, lse_rest, *tensors, *spec, mean)
+                yield (row_max, row_sum, *tensors, *spec, mean)
         else:
-            weights = torch.ops.fastformer.attention_weights_cpu(lse, lse_rest, *tensors, *spec, False)
-            saved = (out, lse, lse_rest, *tensors, *spec)
+            weights = torch.ops.fastformer.attention_weights_cpu(row_max, row_sum, *tensors, *spec, False)
+            saved = (out, row_max, row_sum, *tensors, *spec)
             everything = (tensors[6] is not None, tensors[7] is not None, tensors[8] is not None)
             yield (torch.ones_like(out), torch.ones_like(lse), torch.ones_like(weights), *saved, *everything)
             yield (torch.ones_like(out), None, None, *saved, False, False, False)

@@ -13,7 +13,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 import fastformer
 from fastformer.testing import assert_as_accurate, in_float64, outputs_and_gradients
 
-from .judging import DTYPES, FLOAT64_TOLERANCE, pooled
+from .judging import DTYPES, FLOAT64_TOLERANCE, pooled, skip_unless_built
 
 SDPA = "scaled_dot_product_attention"
 OPINFO = {
@@ -119,6 +119,20 @@ def test_every_rank(name, causal):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         call = (tensors(*SHAPES[name], dtype=dtype), {"is_causal": causal})
         judge_against_torch(SDPA, call, dtype)
+
+
+@pytest.mark.parametrize("mask", (None, "bool", "float"))
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_rank_goes_to_cpu_in_both_directions(name, mask):
+    skip_unless_built("cpu")
+    inputs = tensors(*SHAPES[name])
+    attn_mask = {None: None, "bool": torch.ones(5, 7) > 0, "float": torch.zeros(5, 7, requires_grad=True)}[
+        mask
+    ]
+    if attn_mask is not None:
+        attn_mask = attn_mask[: inputs[0].shape[-2], : inputs[1].shape[-2]]
+    chosen = fastformer.explain(getattr(fastformer, SDPA), *inputs, attn_mask=attn_mask)
+    assert chosen.backends == {"attention_fwd": "cpu", "attention_bwd": "cpu"}, str(chosen)
 
 
 MASK_SHAPES = ((5, 7), (1, 7), (5, 1), (3, 5, 7), (2, 1, 5, 7), (2, 3, 1, 7), (1, 1, 1, 7), (2, 3, 5, 7))
