@@ -12,6 +12,7 @@
 #include "attention_tiles.h"
 
 namespace fastformer::cpu::FASTFORMER_ISA {
+namespace {
 
 struct BackwardBuffers {
   BackwardBuffers(const AttentionBwd& bwd, Parts& parts) : tiles(bwd.scores.attention, true, parts) {
@@ -211,4 +212,5 @@ static void attention_bwd(const AttentionBwd& bwd, WorkQueue& queue) {
   }
 }
 
+}  // namespace
 }  // namespace fastformer::cpu::FASTFORMER_ISA

@@ -20,6 +20,7 @@
 #include "attention_scores.h"
 
 namespace fastformer::cpu::FASTFORMER_ISA {
+namespace {
 
 constexpr int64_t kMaxKeyBlock = 512;
 // Not a multiple of 4096 bytes, which would put a tile's rows into one cache set.
@@ -322,4 +323,5 @@ static void attention_fwd(const AttentionFwd& fwd, WorkQueue& queue) {
   }
 }
 
+}  // namespace
 }  // namespace fastformer::cpu::FASTFORMER_ISA

@@ -8,6 +8,7 @@
 #include "worker.h"
 
 namespace fastformer::cpu::FASTFORMER_ISA {
+namespace {
 
 constexpr float kLog2E = 1.44269504f;
 // Longer sums are made of shorter ones: one chain of 512 roundings would lose against torch's blocks.
@@ -228,4 +229,5 @@ static void multiply_rows(const float* row, const T* rows, int64_t stride, int64
 // set.
 FASTFORMER_INLINE int64_t operand_stride(int64_t width) { return round_up<int64_t>(width, kLanes) + 16; }
 
+}  // namespace
 }  // namespace fastformer::cpu::FASTFORMER_ISA

@@ -6,6 +6,7 @@
 #include "attention_tiles.h"
 
 namespace fastformer::cpu::FASTFORMER_ISA {
+namespace {
 
 // a . b, in T
 template <typename T>
@@ -183,4 +184,5 @@ static void sum_shares(const float* shares, int64_t share_count, int64_t stride,
   });
 }
 
+}  // namespace
 }  // namespace fastformer::cpu::FASTFORMER_ISA

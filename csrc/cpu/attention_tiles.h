@@ -11,6 +11,7 @@
 #include "attention_scores.h"
 
 namespace fastformer::cpu::FASTFORMER_ISA {
+namespace {
 
 // Keys of a block: what one call of the generator decides on the widest level, and as deep as sums may be.
 constexpr int64_t kBlockKeys = 128;
@@ -287,4 +288,5 @@ class ScoreTiles {
   const uint8_t* is_real_ = nullptr;
 };
 
+}  // namespace
 }  // namespace fastformer::cpu::FASTFORMER_ISA

@@ -9,6 +9,7 @@
 #include "vec.h"
 
 namespace fastformer::cpu::FASTFORMER_ISA {
+namespace {
 
 constexpr float kMinusInfinity = -__builtin_inff();
 
@@ -130,4 +131,5 @@ class Visibility {
   bool mask_is_per_key_ = false;
 };
 
+}  // namespace
 }  // namespace fastformer::cpu::FASTFORMER_ISA

@@ -7,6 +7,7 @@
 #include "vec.h"
 
 namespace fastformer::cpu::FASTFORMER_ISA {
+namespace {
 
 // The next item of a call; queue.count or more where none is left.
 FASTFORMER_INLINE int64_t take(WorkQueue& queue) {
@@ -58,4 +59,5 @@ struct Parts {
   }
 };
 
+}  // namespace
 }  // namespace fastformer::cpu::FASTFORMER_ISA
