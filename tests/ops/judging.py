@@ -34,7 +34,7 @@ def without_grad(inputs):
 # rule in one, at 1.2 times what is allowed. A draw that misses it is judged again together with these many
 # others, where chance evens out and a mistake does not; with more of them where a result is small (a sink's
 # gradient has H elements), until there are enough elements to speak of a largest error.
-MORE_DRAWS, MOST_DRAWS = 7, 31
+MORE_DRAWS, MOST_DRAWS = 7, 127
 ENOUGH_ELEMENTS = 256
 
 
