@@ -53,13 +53,15 @@ void run_score_sum(const ScoreSum& sum) {
             [&](WorkQueue& queue) { kernels().attention.score_sum(sum, queue); });
 }
 
+// The size of dimension `from_end` (1 = last), 1 where it is missing.
+int64_t size_from_end(const Tensor& tensor, int64_t from_end) {
+  return tensor.dim() < from_end ? 1 : tensor.size(tensor.dim() - from_end);
+}
+
 // grad[b, h, m, 0] = rows[b, h, m], summed over the dimensions in which the bias has size 1.
 Tensor reduce_rows(const AttentionCall& call, const RowStats& rows, const Tensor& bias) {
   const Attention& attention = call.attention;
-  const auto size = [&](int64_t from_end) {
-    return bias.dim() < from_end ? int64_t{1} : bias.size(bias.dim() - from_end);
-  };
-  const int64_t B = size(4), H = size(3), M = size(2);
+  const int64_t B = size_from_end(bias, 4), H = size_from_end(bias, 3), M = size_from_end(bias, 2);
   std::vector<double> totals(static_cast<size_t>(B * H * M), 0.0);
   for (int64_t b = 0; b < attention.B; ++b) {
     const int32_t* const cu = attention.cu_seqlens_q;
@@ -80,18 +82,15 @@ Tensor reduce_rows(const AttentionCall& call, const RowStats& rows, const Tensor
 
 // The bias's gradient where it is broadcast over nothing but queries, heads or batch elements.
 Tensor sum_bias(const ScorePass& pass, const Tensor& bias) {
-  const auto size = [&](int64_t from_end) {
-    return bias.dim() < from_end ? int64_t{1} : bias.size(bias.dim() - from_end);
-  };
   Tensor grad = empty_as(bias);
   ScoreSum sum{};
   sum.scores = pass;
   sum.of_gradient = true;
   sum.factor = 1.0f;
   sum.target = score_matrix(grad, pass.attention, "bias");
-  sum.target_B = size(4);
-  sum.target_H = size(3);
-  sum.target_M = size(2);
+  sum.target_B = size_from_end(bias, 4);
+  sum.target_H = size_from_end(bias, 3);
+  sum.target_M = size_from_end(bias, 2);
   run_score_sum(sum);
   return grad;
 }
@@ -212,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   pass.delta = row_stats(delta);
   Tensor grad_bias = nothing(bias ? dtype_of(*bias) : attention.dtype);
   const bool wants_bias = bias.has_value() && need_bias;
-  const bool by_row = wants_bias && (bias->dim() == 0 || bias->size(bias->dim() - 1) == 1);
+  const bool by_row = wants_bias && size_from_end(*bias, 1) == 1;
   const bool whole_bias = wants_bias && !by_row && is_whole(*bias, attention);
   Tensor row_gradients = by_row ? empty(sizes_of(row_max), DType::kFloat32) : nothing(DType::kFloat32);
   if (by_row) bwd.grad_rows = row_stats(row_gradients);
