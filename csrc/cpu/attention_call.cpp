@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "launch.h"
-
 namespace fastformer::cpu {
 
 using torch::headeronly::ScalarType;
@@ -99,19 +97,6 @@ ScoreMatrix score_matrix(const Tensor& tensor, const Attention& call, const char
           broadcast_stride(tensor, 3),
           broadcast_stride(tensor, 2),
           broadcast_stride(tensor, 1)};
-}
-
-Float32Copy::Float32Copy(const std::optional<Tensor>& given) {
-  if (!given) return;
-  row_ = given->is_contiguous() ? *given : torch::stable::contiguous(*given);
-  const int64_t count = row_->numel();
-  if (dtype_of(*row_) == DType::kFloat32) {
-    data_ = row_->const_data_ptr<float>();
-  } else {
-    converted_.resize(static_cast<size_t>(count));
-    kernels().norm.to_float32(row_->const_data_ptr(), dtype_of(*row_), converted_.data(), count);
-    data_ = converted_.data();
-  }
 }
 
 AttentionCall::AttentionCall(const AttentionArguments& arguments)

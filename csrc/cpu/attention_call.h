@@ -21,18 +21,6 @@ struct AttentionArguments {
   std::optional<int64_t> max_seqlen_q, max_seqlen_k;
 };
 
-// A tensor as float32, converted where it is not; empty where there is none.
-class Float32Copy {
- public:
-  explicit Float32Copy(const std::optional<Tensor>& given);
-  const float* data() const { return data_; }
-
- private:
-  std::optional<Tensor> row_;
-  std::vector<float> converted_;
-  const float* data_ = nullptr;
-};
-
 // Owns what the struct points to, so it lives as long as the kernels run.
 class AttentionCall {
  public:

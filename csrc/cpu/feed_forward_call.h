@@ -47,23 +47,13 @@ struct WeightRows {
 
 // A bias [size] as contiguous float32; null data where there is none.
 struct Bias {
-  Bias(const std::optional<Tensor>& bias, int64_t size, const char* name) {
+  Bias(const std::optional<Tensor>& bias, int64_t size, const char* name) : row(bias) {
     if (!bias) return;
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == size, name, " has the wrong shape");
-    row = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
-    if (dtype_of(*row) == DType::kFloat32) {
-      data = row->const_data_ptr<float>();
-    } else {
-      converted.resize(size);
-      kernels().norm.to_float32(row->const_data_ptr(), dtype_of(*row), converted.data(), size);
-      data = converted.data();
-    }
   }
-  Bias(const Bias&) = delete;
 
-  std::optional<Tensor> row;
-  std::vector<float> converted;
-  const float* data = nullptr;
+  Float32Copy row;
+  const float* data = row.data();
 };
 
 inline Activation activation_named(const std::string& name) {

@@ -4,6 +4,8 @@
 
 #include <cmath>
 
+#include "launch.h"
+
 namespace fastformer::cpu {
 
 DType dtype_of(const Tensor& tensor) {
@@ -60,6 +62,19 @@ std::optional<int64_t> row_stride(const Tensor& tensor) {
     expected = strides[d] * sizes[d];
   }
   return row;
+}
+
+Float32Copy::Float32Copy(const std::optional<Tensor>& given) {
+  if (!given) return;
+  row_ = given->is_contiguous() ? *given : torch::stable::contiguous(*given);
+  const int64_t count = row_->numel();
+  if (dtype_of(*row_) == DType::kFloat32) {
+    data_ = row_->const_data_ptr<float>();
+  } else {
+    converted_.resize(static_cast<size_t>(count));
+    kernels().norm.to_float32(row_->const_data_ptr(), dtype_of(*row_), converted_.data(), count);
+    data_ = converted_.data();
+  }
 }
 
 Dropout dropout_of(double p, const std::optional<Tensor>& seed) {

@@ -25,6 +25,19 @@ std::vector<int64_t> sizes_of(const Tensor& tensor);
 // one; nothing where they do not.
 std::optional<int64_t> row_stride(const Tensor& tensor);
 
+// A tensor as float32, converted where it is not; empty where there is none.
+class Float32Copy {
+ public:
+  explicit Float32Copy(const std::optional<Tensor>& given);
+  Float32Copy(const Float32Copy&) = delete;
+  const float* data() const { return data_; }
+
+ private:
+  std::optional<Tensor> row_;
+  std::vector<float> converted_;
+  const float* data_ = nullptr;
+};
+
 Dropout dropout_of(double p, const std::optional<Tensor>& seed);
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
