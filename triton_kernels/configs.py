@@ -101,3 +101,29 @@ def bwd_programs(target: str, config: NormConfig, sm_count: int) -> int:
     """How many programs share the rows of a backward pass that keeps whole rows in registers."""
     threads = config.num_warps * (64 if target == "hip" else 32)
     return sm_count * max(1, _BWD_WARPS_PER_SM * 32 // threads)
+
+
+class AttentionFwdConfig(NamedTuple):
+    block_m: int  # queries of a tile
+    block_n: int  # keys of a block
+    num_warps: int
+    num_stages: int
+    ahead: bool  # issue the next block's products before the softmax of this one
+
+    def splits(self, programs: int, keys: int) -> int:
+        """Over how many programs the keys of a tile are divided: enough to fill a GPU, none without work."""
+        return max(1, min(_FILL // max(programs, 1), keys // (_LEAST_BLOCKS * self.block_n), _MOST_SPLITS))
+
+
+# Two programs for each of an H100's 132 multiprocessors. A constant, so that a GPU's size changes no bit.
+_FILL = 264
+# A share of fewer blocks costs more in being written and added than its program saves.
+_LEAST_BLOCKS = 4
+_MOST_SPLITS = 64
+
+
+@functools.cache
+def attention_fwd_config(
+    target: str, itemsize: int, D: int, D_v: int, plain: bool, M: int
+) -> AttentionFwdConfig:
+    return AttentionFwdConfig(64, 32, 4, 2, False)

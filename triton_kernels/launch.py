@@ -52,3 +52,14 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+@functools.cache
+def arch(device: torch.device) -> str:
+    """What the kernels are compiled for: "sm_90", "gfx942", ...; in the interpreter, on CPU tensors, "sm_80"."""
+    if device.type != "cuda":
+        return "sm_80"
+    properties = torch.cuda.get_device_properties(device)
+    if TARGET == "hip":
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"

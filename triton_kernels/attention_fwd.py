@@ -1,0 +1,364 @@
+"""Attention forward: online softmax over blocks of keys, a tile of one head's queries a program.
+
+    m' = max(m, max_j s_ij)                l' = l e^(m - m') + sum_j e^(s_ij - m')
+    o' = o e^(m - m') + sum_j keep_ij e^(s_ij - m') v_j
+    out = o / (l (1 - p))                  lse = m + ln(l)
+
+(Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao, "FlashAttention-2", 2023.)
+Few queries of many keys are split over the keys: each program leaves its own o, m and l, which a second
+kernel adds up in order.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_call import SIZES, AttentionCall, Rows, attention_call, rows_of, stats_strides
+from .attention_tiles import (
+    LOG2_E,
+    hide,
+    holds_products,
+    keep_tile,
+    key_at,
+    load_rows,
+    query_at,
+    score_tile,
+    signed_query,
+    store_rows,
+    tile_unit,
+)
+from .configs import attention_fwd_config
+from .launch import arch, ceil_div, on_device
+from .masks import head_of, key_blocks, masks_keys, real_keys
+
+LN_2: tl.constexpr = tl.constexpr(math.log(2))
+
+
+class RowStats(NamedTuple):
+    """float32 [B, H, M] each; packed [H, total], stride_b 0."""
+
+    lse_ptr: Any
+    max_ptr: Any
+    sum_ptr: Any
+    stride_b: Any
+    stride_h: Any
+
+
+class Shares(NamedTuple):
+    """What the programs of a split call leave, float32: [splits, rows, D_v], and [splits, rows] twice."""
+
+    out_ptr: Any
+    max_ptr: Any
+    sum_ptr: Any
+    rows: Any
+
+
+@triton.jit
+def _fold(call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED: tl.constexpr):
+    """Fold one tile of scores and its values into the running softmax: (acc, row_max, row_sum).
+
+    FUSED tiles hold bare products, and row_max then is an exponent of 2: one multiply-add a score.
+    """
+    factor = tile_unit(call) * LOG2_E
+    largest = tl.max(scores, 1)
+    if FUSED:
+        largest = largest * factor
+    largest = tl.maximum(row_max, largest)
+    # A row that has seen no key has maximum -inf: pivot on 0, or -inf - -inf makes NaN.
+    pivot = tl.where(largest == float("-inf"), 0.0, largest)
+    if FUSED:
+        p = tl.exp2(scores * factor - pivot[:, None])
+        rescale = tl.exp2(row_max - pivot)
+    else:
+        p = tl.exp2((scores - pivot[:, None]) * factor)
+        rescale = tl.exp2((row_max - pivot) * factor)
+    row_sum = row_sum * rescale + tl.sum(p, 1)
+    if call.seed_ptr is not None:
+        p = tl.where(keep_tile(call, head, threshold, offs_m, n0, p.shape[1]), p, 0.0)
+    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+    return acc, largest, row_sum
+
+
+@triton.jit
+def _edge_blocks(
+    call, head, q, acc, row_max, row_sum, offs_m, begin, end, threshold, FUSED: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, D_v: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Blocks of keys in which some may be hidden."""
+    key, value = key_at(call.key, head, ALIGN), key_at(call.value, head, ALIGN)
+    for n0 in range(begin, end, BLOCK_N):
+        offs_n = n0 + tl.arange(0, BLOCK_N)
+        real = real_keys(call, head, offs_n)
+        k = load_rows(call.key, key, offs_n, real, D, BLOCK_D, ALIGN)
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = score_tile(call, head, products, offs_m, offs_n)
+        scores = hide(call, head, scores, offs_m, offs_n, real)
+        v = load_rows(call.value, value, offs_n, real, D_v, BLOCK_DV, ALIGN)
+        acc, row_max, row_sum = _fold(
+            call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
+        )
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def _full_blocks(
+    call, head, q, acc, row_max, row_sum, offs_m, begin, end, threshold, FUSED: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, D_v: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Blocks of keys that every query of the tile sees. AHEAD: a block's products are issued before the
+    softmax of the block before, so that tensor cores work while the exponentials are computed."""
+    key, value = key_at(call.key, head, ALIGN), key_at(call.value, head, ALIGN)
+    if AHEAD:
+        if begin < end:
+            offs_n = begin + tl.arange(0, BLOCK_N)
+            k = load_rows(call.key, key, offs_n, None, D, BLOCK_D, ALIGN)
+            products = tl.dot(q, tl.trans(k), input_precision="ieee")
+            for n0 in range(begin, end - BLOCK_N, BLOCK_N):
+                offs_n = n0 + tl.arange(0, BLOCK_N)
+                k = load_rows(call.key, key, offs_n + BLOCK_N, None, D, BLOCK_D, ALIGN)
+                following = tl.dot(q, tl.trans(k), input_precision="ieee")
+                v = load_rows(call.value, value, offs_n, None, D_v, BLOCK_DV, ALIGN)
+                scores = score_tile(call, head, products, offs_m, offs_n)
+                acc, row_max, row_sum = _fold(
+                    call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
+                )
+                products = following
+            n0 = end - BLOCK_N
+            offs_n = n0 + tl.arange(0, BLOCK_N)
+            v = load_rows(call.value, value, offs_n, None, D_v, BLOCK_DV, ALIGN)
+            scores = score_tile(call, head, products, offs_m, offs_n)
+            acc, row_max, row_sum = _fold(
+                call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
+            )
+    else:
+        for n0 in range(begin, end, BLOCK_N):
+            offs_n = n0 + tl.arange(0, BLOCK_N)
+            k = load_rows(call.key, key, offs_n, None, D, BLOCK_D, ALIGN)
+            products = tl.dot(q, tl.trans(k), input_precision="ieee")
+            scores = score_tile(call, head, products, offs_m, offs_n)
+            v = load_rows(call.value, value, offs_n, None, D_v, BLOCK_DV, ALIGN)
+            acc, row_max, row_sum = _fold(
+                call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
+            )
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def _in_logits(row_max, row_sum, unit):
+    """The largest score in logits as float32 rounds it, and the sum that refers to it."""
+    largest = row_max * unit
+    rounding = tl.where(largest == float("-inf"), 0.0, tl.fma(row_max, tl.zeros_like(row_max) + unit, -largest))
+    return largest, row_sum * (1.0 + rounding)
+
+
+@triton.jit
+def _finish_rows(
+    call, head, out, stats, acc, row_max, row_sum, offs_m, in_rows, D_v: tl.constexpr, BLOCK_DV: tl.constexpr
+):
+    """The sink joins the sum; writes out, lse and the statistics. row_max in logits."""
+    rescale = call.dropout_scale
+    if call.sink_ptr is not None:
+        sink = tl.load(call.sink_ptr + head.h).to(tl.float32)
+        largest = tl.maximum(row_max, sink)
+        pivot = tl.where(largest == float("-inf"), 0.0, largest)
+        share = tl.exp2((row_max - pivot) * LOG2_E)
+        row_sum = row_sum * share + tl.exp2((sink - pivot) * LOG2_E)
+        row_max = largest
+        rescale = rescale * share
+    nothing = row_sum == 0
+    divisor = tl.where(nothing, 1.0, row_sum)
+    acc = acc * tl.where(nothing, 0.0, rescale / divisor)[:, None]
+    at = head.b * stats.stride_b + head.h * stats.stride_h + head.first_query + offs_m
+    tl.store(stats.max_ptr + at, row_max, mask=in_rows)
+    tl.store(stats.sum_ptr + at, row_sum, mask=in_rows)
+    tl.store(stats.lse_ptr + at, tl.where(nothing, float("-inf"), row_max + tl.log(divisor)), mask=in_rows)
+    store_rows(out, query_at(out, head, 1), offs_m, in_rows, acc, D_v, BLOCK_DV, 1)
+
+
+_sized = triton.jit(do_not_specialize=[*SIZES, "tiles", "splits"])
+
+
+@_sized
+def _attention_fwd_kernel(
+    call,  # attention_call.Tensors
+    out,  # Rows: [B, H, M, D_v]
+    stats,  # RowStats
+    shares,  # None or Shares: then out and stats are left to _combine_kernel
+    M, N, H, H_kv, left, right, lower_right, threshold, tiles, splits,
+    QUERY_SIGN: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D_v: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M queries of one head a program, or its share of their keys; writes out, lse and statistics.
+
+    Programs run through the splits of a tile, the tiles of a head, then the heads.
+    """
+    FUSED: tl.constexpr = holds_products(call) and call.query.ptr.dtype.element_ty.primitive_bitwidth == 16
+    split, tile = tl.program_id(0) % splits, tl.program_id(0) // splits
+    stream, tile = tile // tiles, tile % tiles
+    if right is not None:
+        tile = tiles - 1 - tile  # the longest rows first, so that none is left over at the end
+    head = head_of(call, stream // H, stream % H, M, N, H, H_kv, left, right, lower_right)
+    m0 = tile * BLOCK_M
+    if m0 >= head.M:
+        return
+    offs_m = m0 + tl.arange(0, BLOCK_M)
+    in_rows = offs_m < head.M
+    q = load_rows(call.query, query_at(call.query, head, ALIGN), offs_m, in_rows, D, BLOCK_D, ALIGN)
+    q = signed_query(q, QUERY_SIGN)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    begin, full_begin, full_end, end = key_blocks(head, m0, BLOCK_M, BLOCK_N)
+    if shares is not None:
+        share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), splits) * BLOCK_N
+        begin = tl.minimum(begin + split * share, end)
+        end = tl.minimum(begin + share, end)
+        full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
+        full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
+    if masks_keys(call):
+        acc, row_max, row_sum = _edge_blocks(
+            call, head, q, acc, row_max, row_sum, offs_m, begin, end, threshold, FUSED, ALIGN,
+            D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    else:
+        if left is not None:
+            acc, row_max, row_sum = _edge_blocks(
+                call, head, q, acc, row_max, row_sum, offs_m, begin, full_begin, threshold, FUSED, ALIGN,
+                D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+        acc, row_max, row_sum = _full_blocks(
+            call, head, q, acc, row_max, row_sum, offs_m, full_begin, full_end, threshold, FUSED, ALIGN,
+            D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV, AHEAD,
+        )  # fmt: skip
+        acc, row_max, row_sum = _edge_blocks(
+            call, head, q, acc, row_max, row_sum, offs_m, full_end, end, threshold, FUSED, ALIGN,
+            D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    if FUSED:
+        row_max, row_sum = _in_logits(row_max, row_sum, LN_2)
+    else:
+        row_max, row_sum = _in_logits(row_max, row_sum, tile_unit(call))
+    if shares is None:
+        _finish_rows(call, head, out, stats, acc, row_max, row_sum, offs_m, in_rows, D_v, BLOCK_DV)
+    else:
+        at = head.b * stats.stride_b + head.h * stats.stride_h + head.first_query + split * shares.rows
+        tl.store(shares.max_ptr + at + offs_m, row_max, mask=in_rows)
+        tl.store(shares.sum_ptr + at + offs_m, row_sum, mask=in_rows)
+        columns = tl.arange(0, BLOCK_DV)
+        pointers = shares.out_ptr + (at + offs_m)[:, None] * D_v + columns[None, :]
+        tl.store(pointers, acc, mask=in_rows[:, None] & (columns < D_v)[None, :])
+
+
+@_sized
+def _combine_kernel(
+    call, out, stats, shares,
+    M, N, H, H_kv, left, right, lower_right, threshold, tiles, splits,
+    D_v: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Second stage of a split call: BLOCK_M queries of one head a program, its shares always in one order."""
+    stream, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    head = head_of(call, stream // H, stream % H, M, N, H, H_kv, left, right, lower_right)
+    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_rows = offs_m < head.M
+    columns = tl.arange(0, BLOCK_DV)
+    inside = in_rows[:, None] & (columns < D_v)[None, :]
+    first = head.b * stats.stride_b + head.h * stats.stride_h + head.first_query + offs_m
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for split in range(splits):
+        share_max = tl.load(shares.max_ptr + first + split * shares.rows, mask=in_rows, other=float("-inf"))
+        row_max = tl.maximum(row_max, share_max)
+    pivot = tl.where(row_max == float("-inf"), 0.0, row_max)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    for split in range(splits):
+        at = first + split * shares.rows
+        share_max = tl.load(shares.max_ptr + at, mask=in_rows, other=float("-inf"))
+        rescale = tl.exp2((share_max - pivot) * LOG2_E)
+        row_sum += tl.load(shares.sum_ptr + at, mask=in_rows, other=0.0) * rescale
+        share = tl.load(shares.out_ptr + at[:, None] * D_v + columns[None, :], mask=inside, other=0.0)
+        acc += share * rescale[:, None]
+    _finish_rows(call, head, out, stats, acc, row_max, row_sum, offs_m, in_rows, D_v, BLOCK_DV)
+
+
+def attention_fwd(
+    *arguments: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out = dropout(softmax(score)) value, and of each row what backward needs.
+
+    Args:
+        arguments: Those of `attention_call`: query [B, H, M, D], key [B, H_kv, N, D] and value
+            [B, H_kv, N, D_v] of one dtype (float32, bfloat16, float16), D and D_v at most 256, and all that
+            docs/contract.md lets join them.
+
+    Returns:
+        out [B, H, M, D_v], contiguous, in query's dtype. Float32 [B, H, M]: lse, the largest score and the
+        sum of exp(score - largest), the sink included; -inf, -inf and 0 where nothing is visible. Packed, out
+        is [total, H, D_v] and the rest [H, total].
+    """
+    query, value = arguments[0], arguments[2]
+    call = attention_call(*arguments)
+    out = query.new_empty((*query.shape[:-1], call.D_v))
+    rows = (query.shape[1], query.shape[0]) if call.packed else query.shape[:-1]
+    lse, row_max, row_sum = (query.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    if lse.numel() == 0 or value.shape[-1] == 0:
+        return out, lse, row_max, row_sum
+    stats = RowStats(lse, row_max, row_sum, *stats_strides(lse))
+    with on_device(query):
+        _launch(call, rows_of(out), stats, arch(query.device))
+    return out, lse, row_max, row_sum
+
+
+def _launch(call: AttentionCall, out: Rows, stats: RowStats, target: str) -> None:
+    config = attention_fwd_config(target, call.dtype.itemsize, call.D, call.D_v, call.is_plain, call.M)
+    tiles = ceil_div(call.M, config.block_m)
+    programs = call.B * call.H * tiles
+    splits = config.splits(programs, _visible_keys(call))
+    shares = None
+    if splits > 1:
+        total = stats.lse_ptr.numel()
+        new = stats.lse_ptr.new_empty
+        shares = Shares(new(splits, total, call.D_v), new(splits, total), new(splits, total), total)
+    _attention_fwd_kernel[(programs * splits,)](
+        call.tensors,
+        out,
+        stats,
+        shares,
+        *call.sizes,
+        tiles,
+        splits,
+        **call.flags,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        AHEAD=config.ahead,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,
+    )
+    if shares is not None:
+        _combine_kernel[(programs,)](
+            call.tensors,
+            out,
+            stats,
+            shares,
+            *call.sizes,
+            tiles,
+            splits,
+            D_v=call.D_v,
+            BLOCK_DV=call.flags["BLOCK_DV"],
+            BLOCK_M=config.block_m,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+
+
+def _visible_keys(call: AttentionCall) -> int:
+    """How many keys a query may see at most, masks and lengths apart."""
+    left, right = call.sizes[4:6]
+    return call.N if left is None or right is None else min(call.N, call.M + left + right)

@@ -1,0 +1,184 @@
+"""Tiles of scores, [BLOCK_M, BLOCK_N]: from products to logits, and what weights and gradients come of them.
+
+Where nothing but the scale lies between a product q·k and its logit, tiles hold bare products, each of which
+counts `call.scale` logits, and the scale is part of the exponential's base; elsewhere they hold logits.
+Either way `unit` says what an element counts, and hidden keys hold -inf. Every pass over the scores, in
+either orientation, uses the same functions, so that all of them see the same numbers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attention_call import LOG2_E as _LOG2_E
+from .masks import visible
+from .philox import attention_keep
+from .tiles import aligned
+
+LOG2_E: tl.constexpr = tl.constexpr(_LOG2_E)
+
+
+@triton.jit
+def load_rows(rows, at, offs, real, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, ALIGN: tl.constexpr):
+    """[BLOCK, BLOCK_W] of `rows` from element `at` on; zeros where `real` is False and past WIDTH.
+
+    `real` None: all are."""
+    cols = tl.arange(0, BLOCK_W)
+    pointers = rows.ptr + at + offs.to(tl.int64)[:, None] * aligned(rows.stride_m, ALIGN) + cols[None, :]
+    if real is None and WIDTH == BLOCK_W:
+        return tl.load(pointers)
+    elif real is None:
+        return tl.load(pointers, mask=(cols < WIDTH)[None, :], other=0.0)
+    elif WIDTH == BLOCK_W:
+        return tl.load(pointers, mask=real[:, None], other=0.0)
+    else:
+        return tl.load(pointers, mask=real[:, None] & (cols < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(rows, at, offs, real, values, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, ALIGN: tl.constexpr):
+    """Round a float32 tile to the dtype of `rows` and write it where `real`."""
+    cols = tl.arange(0, BLOCK_W)
+    pointers = rows.ptr + at + offs.to(tl.int64)[:, None] * aligned(rows.stride_m, ALIGN) + cols[None, :]
+    mask = real[:, None]
+    if WIDTH != BLOCK_W:
+        mask = mask & (cols < WIDTH)[None, :]
+    tl.store(pointers, values.to(rows.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def query_at(rows, head, ALIGN: tl.constexpr):
+    """Where the head's rows begin in query, out or a gradient of theirs: an offset in elements."""
+    at = head.b * aligned(rows.stride_b, ALIGN) + head.h * aligned(rows.stride_h, ALIGN)
+    return at + head.first_query * aligned(rows.stride_m, ALIGN)
+
+
+@triton.jit
+def key_at(rows, head, ALIGN: tl.constexpr):
+    """As query_at, in key, value or a gradient of theirs."""
+    at = head.b * aligned(rows.stride_b, ALIGN) + head.h_kv * aligned(rows.stride_h, ALIGN)
+    return at + head.first_key * aligned(rows.stride_m, ALIGN)
+
+
+@triton.jit
+def signed_query(q, QUERY_SIGN: tl.constexpr):
+    """The queries as products want them, which makes the scale positive."""
+    if QUERY_SIGN == 1:
+        return q
+    else:
+        return (q * QUERY_SIGN).to(q.dtype)
+
+
+@triton.jit
+def holds_products(call):
+    """Whether tiles hold bare products. Known when a kernel is compiled."""
+    return call.softcap is None and call.bias is None and call.relative_bias_ptr is None
+
+
+@triton.jit
+def tile_unit(call):
+    """What an element of a tile counts in logits."""
+    if holds_products(call):
+        return call.scale
+    else:
+        return 1.0
+
+
+@triton.jit
+def _tanh(z):
+    # z (1 + z^2 P(z^2)) near 0, where 1 - 2 / (e^2z + 1) would cancel; both to about 2 ulp.
+    square = z * z
+    p = square * -5.70498872745e-3 + 2.06390887954e-2
+    p = p * square - 5.37397155531e-2
+    p = p * square + 1.33314422036e-1
+    p = p * square - 3.33332819422e-1
+    small = p * square * z + z
+    magnitude = tl.abs(z)
+    large = 1.0 - 2.0 / (tl.exp2(magnitude * (2.0 * LOG2_E)) + 1.0)
+    return tl.where(magnitude < 0.625, small, tl.where(z < 0, -large, large))  # NaN: large
+
+
+@triton.jit
+def _capped(call, products):
+    """tanh of the scaled products over the cap."""
+    return _tanh(products * (call.scale / call.softcap))
+
+
+@triton.jit
+def _with_biases(call, head, logits, offs_m, offs_n):
+    if call.bias is not None:
+        at = head.b * call.bias.stride_b + head.h * call.bias.stride_h
+        offsets = offs_m.to(tl.int64)[:, None] * call.bias.stride_m
+        offsets += offs_n.to(tl.int64)[None, :] * call.bias.stride_n
+        inside = (offs_m < head.M)[:, None] & (offs_n < head.N)[None, :]
+        logits += tl.load(call.bias.ptr + at + offsets, mask=inside, other=0.0).to(tl.float32)
+    if call.relative_bias_ptr is not None:
+        entry = offs_n[None, :] - offs_m[:, None] + (head.longest_M - 1)
+        inside = (entry >= 0) & (entry < head.longest_M + head.longest_N - 1)
+        row = call.relative_bias_ptr + head.h * call.relative_bias_stride_h
+        logits += tl.load(row + entry, mask=inside, other=0.0).to(tl.float32)
+    return logits
+
+
+@triton.jit
+def score_tile(call, head, products, offs_m, offs_n):
+    """Products of signed queries and keys, float32 [BLOCK_M, BLOCK_N], to what tiles hold; nothing hidden."""
+    if call.softcap is not None:
+        products = _capped(call, products) * call.softcap
+    elif call.bias is not None or call.relative_bias_ptr is not None:
+        products = products * call.scale
+    return _with_biases(call, head, products, offs_m, offs_n)
+
+
+@triton.jit
+def score_tile_and_slope(call, head, products, offs_m, offs_n):
+    """score_tile, and the derivative of its elements by the scaled products, 1.0 without a softcap."""
+    slope = 1.0
+    if call.softcap is not None:
+        t = _capped(call, products)
+        slope = 1.0 - t * t
+        return _with_biases(call, head, t * call.softcap, offs_m, offs_n), slope
+    else:
+        return score_tile(call, head, products, offs_m, offs_n), slope
+
+
+@triton.jit
+def hide(call, head, scores, offs_m, offs_n, real):
+    """-inf where a key is hidden; `real` as in masks.visible."""
+    return tl.where(visible(call, head, offs_m, offs_n, real), scores, float("-inf"))
+
+
+@triton.jit
+def keep_tile(call, head, threshold, offs_m, n0, BLOCK_N: tl.constexpr):
+    """bool [BLOCK_M, BLOCK_N]: the weights that dropout keeps; n0 is a multiple of 32."""
+    return attention_keep(tl.load(call.seed_ptr), head.stream, offs_m, n0, threshold, BLOCK_N)
+
+
+@triton.jit
+def row_pivots(row_max, row_sum, FUSED: tl.constexpr):
+    """What `weights` subtracts in the exponent, and the factor that it applies, float32 [BLOCK_M], from the
+    statistics that forward left. A row that sees nothing (0, past the last) gets weights of 0."""
+    nothing = row_sum == 0
+    if FUSED:
+        shift = row_max * LOG2_E + tl.log2(tl.where(nothing, 1.0, row_sum))
+        return tl.where(nothing, float("inf"), shift), row_sum
+    else:
+        factor = tl.where(nothing, 0.0, 1.0 / tl.where(nothing, 1.0, row_sum))
+        return tl.where(nothing, float("inf"), row_max), factor
+
+
+@triton.jit
+def weights(call, scores, shift, factor, FUSED: tl.constexpr):
+    """exp(unit * scores - row_max) / row_sum [BLOCK_M, BLOCK_N], with what `row_pivots` gave for the rows."""
+    if FUSED:
+        return tl.exp2(scores * (tile_unit(call) * LOG2_E) - shift[:, None])
+    else:
+        return tl.exp2((scores * tile_unit(call) - shift[:, None]) * LOG2_E) * factor[:, None]
+
+
+@triton.jit
+def score_gradients(weights, dp, delta):
+    """weights * (dp - delta): the gradient of the logits, where delta [BLOCK_M] has the gradient of lse
+    taken off. A hidden key has weight 0, and no gradient whatever dp holds there."""
+    return tl.where(weights == 0, 0.0, weights * (dp - delta[:, None]))
