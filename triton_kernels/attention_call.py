@@ -23,6 +23,7 @@ class Rows(NamedTuple):
     stride_b: Any
     stride_h: Any
     stride_m: Any  # columns are contiguous
+    far: Any  # None, or 1 where the rows of a tile lie further apart than 32 bits can say
 
 
 class Scores(NamedTuple):
@@ -97,11 +98,18 @@ def with_contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+# Tiles have at most 256 rows, and less than this in each.
+_FAR = 2**31 // 512
+
+
 def rows_of(tensor: torch.Tensor) -> Rows:
     """Of [B, H, M, width], or of packed [total, H, width], with contiguous columns."""
     if tensor.dim() == 3:
-        return Rows(tensor, 0, tensor.stride(1), tensor.stride(0))
-    return Rows(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2))
+        stride_b, stride_h, stride_m = 0, tensor.stride(1), tensor.stride(0)
+    else:
+        stride_b, stride_h, stride_m = tensor.stride(0), tensor.stride(1), tensor.stride(2)
+    far = 1 if stride_m >= _FAR else None
+    return Rows(tensor, stride_b, stride_h, stride_m, far)
 
 
 def _broadcast_strides(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -126,8 +134,10 @@ def block_width(width: int) -> int:
 
 
 def _alignment(rows: tuple[Rows, ...], itemsize: int) -> int:
-    """A power of two that divides the distances between rows: 16 bytes of elements at most."""
-    return math.gcd(16 // itemsize, *(stride for row in rows for stride in row[1:]))
+    """A power of two that divides the distances between rows, 16 bytes of elements at most; 1 where Triton
+    sees as much by itself, which looks for a factor of 16."""
+    common = math.gcd(*(stride for row in rows for stride in row[1:4]))
+    return 1 if common % 16 == 0 else math.gcd(common, 16 // itemsize)
 
 
 def attention_call(

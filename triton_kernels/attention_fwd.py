@@ -37,6 +37,9 @@ from .launch import arch, ceil_div, on_device
 from .masks import head_of, key_blocks, masks_keys, real_keys
 
 LN_2: tl.constexpr = tl.constexpr(math.log(2))
+# Where every row's maximum begins: a number, and no larger than any other, so that the difference from a
+# hidden score is -inf and never NaN. A row whose sum stays 0 has seen nothing.
+LOWEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 class RowStats(NamedTuple):
@@ -69,14 +72,12 @@ def _fold(call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, F
     if FUSED:
         largest = largest * factor
     largest = tl.maximum(row_max, largest)
-    # A row that has seen no key has maximum -inf: pivot on 0, or -inf - -inf makes NaN.
-    pivot = tl.where(largest == float("-inf"), 0.0, largest)
     if FUSED:
-        p = tl.exp2(scores * factor - pivot[:, None])
-        rescale = tl.exp2(row_max - pivot)
+        p = tl.exp2(scores * factor - largest[:, None])
+        rescale = tl.exp2(row_max - largest)
     else:
-        p = tl.exp2((scores - pivot[:, None]) * factor)
-        rescale = tl.exp2((row_max - pivot) * factor)
+        p = tl.exp2((scores - largest[:, None]) * factor)
+        rescale = tl.exp2((row_max - largest) * factor)
     row_sum = row_sum * rescale + tl.sum(p, 1)
     if call.seed_ptr is not None:
         p = tl.where(keep_tile(call, head, threshold, offs_m, n0, p.shape[1]), p, 0.0)
@@ -94,11 +95,11 @@ def _edge_blocks(
     for n0 in range(begin, end, BLOCK_N):
         offs_n = n0 + tl.arange(0, BLOCK_N)
         real = real_keys(call, head, offs_n)
-        k = load_rows(call.key, key, offs_n, real, D, BLOCK_D, ALIGN)
+        k = load_rows(call.key, key, n0, real, D, BLOCK_N, BLOCK_D, ALIGN)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = score_tile(call, head, products, offs_m, offs_n)
         scores = hide(call, head, scores, offs_m, offs_n, real)
-        v = load_rows(call.value, value, offs_n, real, D_v, BLOCK_DV, ALIGN)
+        v = load_rows(call.value, value, n0, real, D_v, BLOCK_N, BLOCK_DV, ALIGN)
         acc, row_max, row_sum = _fold(
             call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
         )
@@ -116,14 +117,13 @@ def _full_blocks(
     key, value = key_at(call.key, head, ALIGN), key_at(call.value, head, ALIGN)
     if AHEAD:
         if begin < end:
-            offs_n = begin + tl.arange(0, BLOCK_N)
-            k = load_rows(call.key, key, offs_n, None, D, BLOCK_D, ALIGN)
+            k = load_rows(call.key, key, begin, None, D, BLOCK_N, BLOCK_D, ALIGN)
             products = tl.dot(q, tl.trans(k), input_precision="ieee")
             for n0 in range(begin, end - BLOCK_N, BLOCK_N):
                 offs_n = n0 + tl.arange(0, BLOCK_N)
-                k = load_rows(call.key, key, offs_n + BLOCK_N, None, D, BLOCK_D, ALIGN)
+                k = load_rows(call.key, key, n0 + BLOCK_N, None, D, BLOCK_N, BLOCK_D, ALIGN)
                 following = tl.dot(q, tl.trans(k), input_precision="ieee")
-                v = load_rows(call.value, value, offs_n, None, D_v, BLOCK_DV, ALIGN)
+                v = load_rows(call.value, value, n0, None, D_v, BLOCK_N, BLOCK_DV, ALIGN)
                 scores = score_tile(call, head, products, offs_m, offs_n)
                 acc, row_max, row_sum = _fold(
                     call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
@@ -131,7 +131,7 @@ def _full_blocks(
                 products = following
             n0 = end - BLOCK_N
             offs_n = n0 + tl.arange(0, BLOCK_N)
-            v = load_rows(call.value, value, offs_n, None, D_v, BLOCK_DV, ALIGN)
+            v = load_rows(call.value, value, n0, None, D_v, BLOCK_N, BLOCK_DV, ALIGN)
             scores = score_tile(call, head, products, offs_m, offs_n)
             acc, row_max, row_sum = _fold(
                 call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
@@ -139,10 +139,10 @@ def _full_blocks(
     else:
         for n0 in range(begin, end, BLOCK_N):
             offs_n = n0 + tl.arange(0, BLOCK_N)
-            k = load_rows(call.key, key, offs_n, None, D, BLOCK_D, ALIGN)
+            k = load_rows(call.key, key, n0, None, D, BLOCK_N, BLOCK_D, ALIGN)
             products = tl.dot(q, tl.trans(k), input_precision="ieee")
             scores = score_tile(call, head, products, offs_m, offs_n)
-            v = load_rows(call.value, value, offs_n, None, D_v, BLOCK_DV, ALIGN)
+            v = load_rows(call.value, value, n0, None, D_v, BLOCK_N, BLOCK_DV, ALIGN)
             acc, row_max, row_sum = _fold(
                 call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
             )
@@ -153,15 +153,16 @@ def _full_blocks(
 def _in_logits(row_max, row_sum, unit):
     """The largest score in logits as float32 rounds it, and the sum that refers to it."""
     largest = row_max * unit
-    rounding = tl.where(largest == float("-inf"), 0.0, tl.fma(row_max, tl.zeros_like(row_max) + unit, -largest))
-    return largest, row_sum * (1.0 + rounding)
+    rounding = tl.fma(row_max, tl.zeros_like(row_max) + unit, -largest)
+    nothing = row_sum == 0
+    return tl.where(nothing, float("-inf"), largest), tl.where(nothing, 0.0, row_sum * (1.0 + rounding))
 
 
 @triton.jit
-def _finish_rows(
-    call, head, out, stats, acc, row_max, row_sum, offs_m, in_rows, D_v: tl.constexpr, BLOCK_DV: tl.constexpr
-):
+def _finish_rows(call, head, out, stats, acc, row_max, row_sum, m0, D_v: tl.constexpr):
     """The sink joins the sum; writes out, lse and the statistics. row_max in logits."""
+    offs_m = m0 + tl.arange(0, acc.shape[0])
+    in_rows = offs_m < head.M
     rescale = call.dropout_scale
     if call.sink_ptr is not None:
         sink = tl.load(call.sink_ptr + head.h).to(tl.float32)
@@ -178,7 +179,7 @@ def _finish_rows(
     tl.store(stats.max_ptr + at, row_max, mask=in_rows)
     tl.store(stats.sum_ptr + at, row_sum, mask=in_rows)
     tl.store(stats.lse_ptr + at, tl.where(nothing, float("-inf"), row_max + tl.log(divisor)), mask=in_rows)
-    store_rows(out, query_at(out, head, 1), offs_m, in_rows, acc, D_v, BLOCK_DV, 1)
+    store_rows(out, query_at(out, head, 1), m0, in_rows, acc, D_v, 1)
 
 
 _sized = triton.jit(do_not_specialize=[*SIZES, "tiles", "splits"])
@@ -210,10 +211,11 @@ def _attention_fwd_kernel(
         return
     offs_m = m0 + tl.arange(0, BLOCK_M)
     in_rows = offs_m < head.M
-    q = load_rows(call.query, query_at(call.query, head, ALIGN), offs_m, in_rows, D, BLOCK_D, ALIGN)
+    query = query_at(call.query, head, ALIGN)
+    q = load_rows(call.query, query, m0, in_rows, D, BLOCK_M, BLOCK_D, ALIGN)
     q = signed_query(q, QUERY_SIGN)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     begin, full_begin, full_end, end = key_blocks(head, m0, BLOCK_M, BLOCK_N)
     if shares is not None:
@@ -246,7 +248,7 @@ def _attention_fwd_kernel(
     else:
         row_max, row_sum = _in_logits(row_max, row_sum, tile_unit(call))
     if shares is None:
-        _finish_rows(call, head, out, stats, acc, row_max, row_sum, offs_m, in_rows, D_v, BLOCK_DV)
+        _finish_rows(call, head, out, stats, acc, row_max, row_sum, m0, D_v)
     else:
         at = head.b * stats.stride_b + head.h * stats.stride_h + head.first_query + split * shares.rows
         tl.store(shares.max_ptr + at + offs_m, row_max, mask=in_rows)
@@ -265,7 +267,8 @@ def _combine_kernel(
     """Second stage of a split call: BLOCK_M queries of one head a program, its shares always in one order."""
     stream, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     head = head_of(call, stream // H, stream % H, M, N, H, H_kv, left, right, lower_right)
-    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    m0 = tile * BLOCK_M
+    offs_m = m0 + tl.arange(0, BLOCK_M)
     in_rows = offs_m < head.M
     columns = tl.arange(0, BLOCK_DV)
     inside = in_rows[:, None] & (columns < D_v)[None, :]
@@ -284,7 +287,7 @@ def _combine_kernel(
         row_sum += tl.load(shares.sum_ptr + at, mask=in_rows, other=0.0) * rescale
         share = tl.load(shares.out_ptr + at[:, None] * D_v + columns[None, :], mask=inside, other=0.0)
         acc += share * rescale[:, None]
-    _finish_rows(call, head, out, stats, acc, row_max, row_sum, offs_m, in_rows, D_v, BLOCK_DV)
+    _finish_rows(call, head, out, stats, acc, row_max, row_sum, m0, D_v)
 
 
 def attention_fwd(

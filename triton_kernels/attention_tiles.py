@@ -20,30 +20,49 @@ LOG2_E: tl.constexpr = tl.constexpr(_LOG2_E)
 
 
 @triton.jit
-def load_rows(rows, at, offs, real, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, ALIGN: tl.constexpr):
-    """[BLOCK, BLOCK_W] of `rows` from element `at` on; zeros where `real` is False and past WIDTH.
-
-    `real` None: all are."""
-    cols = tl.arange(0, BLOCK_W)
-    pointers = rows.ptr + at + offs.to(tl.int64)[:, None] * aligned(rows.stride_m, ALIGN) + cols[None, :]
-    if real is None and WIDTH == BLOCK_W:
-        return tl.load(pointers)
-    elif real is None:
-        return tl.load(pointers, mask=(cols < WIDTH)[None, :], other=0.0)
-    elif WIDTH == BLOCK_W:
-        return tl.load(pointers, mask=real[:, None], other=0.0)
-    else:
-        return tl.load(pointers, mask=real[:, None] & (cols < WIDTH)[None, :], other=0.0)
+def _row_pointers(rows, at, start, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr, ALIGN: tl.constexpr):
+    stride = aligned(rows.stride_m, ALIGN)
+    rows_of_tile = tl.arange(0, BLOCK)
+    if rows.far is not None:
+        rows_of_tile = rows_of_tile.to(tl.int64)
+    # What varies in a loop over `start` is one number, and the rest is 32-bit: an address is one addition.
+    tile = rows_of_tile[:, None] * stride + tl.arange(0, BLOCK_W)[None, :]
+    return rows.ptr + (at + tl.cast(start, tl.int64) * stride) + tile
 
 
 @triton.jit
-def store_rows(rows, at, offs, real, values, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, ALIGN: tl.constexpr):
-    """Round a float32 tile to the dtype of `rows` and write it where `real`."""
-    cols = tl.arange(0, BLOCK_W)
-    pointers = rows.ptr + at + offs.to(tl.int64)[:, None] * aligned(rows.stride_m, ALIGN) + cols[None, :]
+def load_rows(
+    rows,
+    at,
+    start,
+    real,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Rows start .. start + BLOCK - 1 of those that begin at element `at`, [BLOCK, BLOCK_W].
+
+    Zeros past WIDTH, and where `real`, bool [BLOCK] or None, is False."""
+    pointers = _row_pointers(rows, at, start, BLOCK, BLOCK_W, ALIGN)
+    in_row = tl.arange(0, BLOCK_W) < WIDTH
+    if real is None and WIDTH == BLOCK_W:
+        return tl.load(pointers)
+    elif real is None:
+        return tl.load(pointers, mask=in_row[None, :], other=0.0)
+    elif WIDTH == BLOCK_W:
+        return tl.load(pointers, mask=real[:, None], other=0.0)
+    else:
+        return tl.load(pointers, mask=real[:, None] & in_row[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(rows, at, start, real, values, WIDTH: tl.constexpr, ALIGN: tl.constexpr):
+    """Round a float32 tile [BLOCK, BLOCK_W] to the dtype of `rows` and write it where `real`."""
+    pointers = _row_pointers(rows, at, start, values.shape[0], values.shape[1], ALIGN)
     mask = real[:, None]
-    if WIDTH != BLOCK_W:
-        mask = mask & (cols < WIDTH)[None, :]
+    if WIDTH != values.shape[1]:
+        mask = mask & (tl.arange(0, values.shape[1]) < WIDTH)[None, :]
     tl.store(pointers, values.to(rows.ptr.dtype.element_ty), mask=mask)
 
 
