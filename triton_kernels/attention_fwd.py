@@ -22,7 +22,7 @@ from .attention_call import SIZES, AttentionCall, Rows, attention_call, rows_of,
 from .attention_tiles import (
     LOG2_E,
     hide,
-    holds_products,
+    is_fused,
     keep_tile,
     key_at,
     load_rows,
@@ -97,8 +97,8 @@ def _edge_blocks(
         real = real_keys(call, head, offs_n)
         k = load_rows(call.key, key, n0, real, D, BLOCK_N, BLOCK_D, ALIGN)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
-        scores = score_tile(call, head, products, offs_m, offs_n)
-        scores = hide(call, head, scores, offs_m, offs_n, real)
+        scores = score_tile(call, head, products, offs_m[:, None], offs_n[None, :])
+        scores = hide(call, head, scores, offs_m[:, None], offs_n[None, :], real[None, :])
         v = load_rows(call.value, value, n0, real, D_v, BLOCK_N, BLOCK_DV, ALIGN)
         acc, row_max, row_sum = _fold(
             call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
@@ -124,7 +124,7 @@ def _full_blocks(
                 k = load_rows(call.key, key, n0 + BLOCK_N, None, D, BLOCK_N, BLOCK_D, ALIGN)
                 following = tl.dot(q, tl.trans(k), input_precision="ieee")
                 v = load_rows(call.value, value, n0, None, D_v, BLOCK_N, BLOCK_DV, ALIGN)
-                scores = score_tile(call, head, products, offs_m, offs_n)
+                scores = score_tile(call, head, products, offs_m[:, None], offs_n[None, :])
                 acc, row_max, row_sum = _fold(
                     call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
                 )
@@ -132,7 +132,7 @@ def _full_blocks(
             n0 = end - BLOCK_N
             offs_n = n0 + tl.arange(0, BLOCK_N)
             v = load_rows(call.value, value, n0, None, D_v, BLOCK_N, BLOCK_DV, ALIGN)
-            scores = score_tile(call, head, products, offs_m, offs_n)
+            scores = score_tile(call, head, products, offs_m[:, None], offs_n[None, :])
             acc, row_max, row_sum = _fold(
                 call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
             )
@@ -141,7 +141,7 @@ def _full_blocks(
             offs_n = n0 + tl.arange(0, BLOCK_N)
             k = load_rows(call.key, key, n0, None, D, BLOCK_N, BLOCK_D, ALIGN)
             products = tl.dot(q, tl.trans(k), input_precision="ieee")
-            scores = score_tile(call, head, products, offs_m, offs_n)
+            scores = score_tile(call, head, products, offs_m[:, None], offs_n[None, :])
             v = load_rows(call.value, value, n0, None, D_v, BLOCK_N, BLOCK_DV, ALIGN)
             acc, row_max, row_sum = _fold(
                 call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
@@ -200,7 +200,7 @@ def _attention_fwd_kernel(
 
     Programs run through the splits of a tile, the tiles of a head, then the heads.
     """
-    FUSED: tl.constexpr = holds_products(call) and call.query.ptr.dtype.element_ty.primitive_bitwidth == 16
+    FUSED: tl.constexpr = is_fused(call)
     split, tile = tl.program_id(0) % splits, tl.program_id(0) // splits
     stream, tile = tile // tiles, tile % tiles
     if right is not None:

@@ -96,6 +96,13 @@ def holds_products(call):
 
 
 @triton.jit
+def is_fused(call):
+    """Whether a weight comes of one multiply-add and an exponential: of bare products, for 16-bit results.
+    Known when a kernel is compiled."""
+    return holds_products(call) and call.query.ptr.dtype.element_ty.primitive_bitwidth == 16
+
+
+@triton.jit
 def tile_unit(call):
     """What an element of a tile counts in logits."""
     if holds_products(call):
@@ -125,15 +132,14 @@ def _capped(call, products):
 
 
 @triton.jit
-def _with_biases(call, head, logits, offs_m, offs_n):
+def _with_biases(call, head, logits, m, n):
     if call.bias is not None:
         at = head.b * call.bias.stride_b + head.h * call.bias.stride_h
-        offsets = offs_m.to(tl.int64)[:, None] * call.bias.stride_m
-        offsets += offs_n.to(tl.int64)[None, :] * call.bias.stride_n
-        inside = (offs_m < head.M)[:, None] & (offs_n < head.N)[None, :]
+        offsets = m.to(tl.int64) * call.bias.stride_m + n.to(tl.int64) * call.bias.stride_n
+        inside = (m < head.M) & (n < head.N)
         logits += tl.load(call.bias.ptr + at + offsets, mask=inside, other=0.0).to(tl.float32)
     if call.relative_bias_ptr is not None:
-        entry = offs_n[None, :] - offs_m[:, None] + (head.longest_M - 1)
+        entry = n - m + (head.longest_M - 1)
         inside = (entry >= 0) & (entry < head.longest_M + head.longest_N - 1)
         row = call.relative_bias_ptr + head.h * call.relative_bias_stride_h
         logits += tl.load(row + entry, mask=inside, other=0.0).to(tl.float32)
@@ -141,31 +147,32 @@ def _with_biases(call, head, logits, offs_m, offs_n):
 
 
 @triton.jit
-def score_tile(call, head, products, offs_m, offs_n):
-    """Products of signed queries and keys, float32 [BLOCK_M, BLOCK_N], to what tiles hold; nothing hidden."""
+def score_tile(call, head, products, m, n):
+    """Products of signed queries and keys, float32, to what tiles hold; nothing hidden. m and n as in
+    masks.visible."""
     if call.softcap is not None:
         products = _capped(call, products) * call.softcap
     elif call.bias is not None or call.relative_bias_ptr is not None:
         products = products * call.scale
-    return _with_biases(call, head, products, offs_m, offs_n)
+    return _with_biases(call, head, products, m, n)
 
 
 @triton.jit
-def score_tile_and_slope(call, head, products, offs_m, offs_n):
+def score_tile_and_slope(call, head, products, m, n):
     """score_tile, and the derivative of its elements by the scaled products, 1.0 without a softcap."""
     slope = 1.0
     if call.softcap is not None:
         t = _capped(call, products)
         slope = 1.0 - t * t
-        return _with_biases(call, head, t * call.softcap, offs_m, offs_n), slope
+        return _with_biases(call, head, t * call.softcap, m, n), slope
     else:
-        return score_tile(call, head, products, offs_m, offs_n), slope
+        return score_tile(call, head, products, m, n), slope
 
 
 @triton.jit
-def hide(call, head, scores, offs_m, offs_n, real):
-    """-inf where a key is hidden; `real` as in masks.visible."""
-    return tl.where(visible(call, head, offs_m, offs_n, real), scores, float("-inf"))
+def hide(call, head, scores, m, n, real):
+    """-inf where a key is hidden; m, n and `real` as in masks.visible."""
+    return tl.where(visible(call, head, m, n, real), scores, float("-inf"))
 
 
 @triton.jit
@@ -175,29 +182,24 @@ def keep_tile(call, head, threshold, offs_m, n0, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def row_pivots(row_max, row_sum, FUSED: tl.constexpr):
+def row_pivots(call, row_max, row_sum):
     """What `weights` subtracts in the exponent, and the factor that it applies, float32 [BLOCK_M], from the
     statistics that forward left. A row that sees nothing (0, past the last) gets weights of 0."""
     nothing = row_sum == 0
-    if FUSED:
-        shift = row_max * LOG2_E + tl.log2(tl.where(nothing, 1.0, row_sum))
-        return tl.where(nothing, float("inf"), shift), row_sum
+    divisor = tl.where(nothing, 1.0, row_sum)
+    if is_fused(call):
+        shift = row_max * LOG2_E + tl.log2(divisor)
+        factor = tl.full(row_sum.shape, 1.0, tl.float32)
     else:
-        factor = tl.where(nothing, 0.0, 1.0 / tl.where(nothing, 1.0, row_sum))
-        return tl.where(nothing, float("inf"), row_max), factor
+        shift = row_max
+        factor = tl.where(nothing, 0.0, 1.0 / divisor)
+    return tl.where(nothing, float("inf"), shift), factor
 
 
 @triton.jit
-def weights(call, scores, shift, factor, FUSED: tl.constexpr):
-    """exp(unit * scores - row_max) / row_sum [BLOCK_M, BLOCK_N], with what `row_pivots` gave for the rows."""
-    if FUSED:
-        return tl.exp2(scores * (tile_unit(call) * LOG2_E) - shift[:, None])
+def weights(call, scores, shift, factor):
+    """exp(unit * scores - row_max) / row_sum, with what `row_pivots` gave, along the tile's dimension."""
+    if is_fused(call):
+        return tl.exp2(scores * (tile_unit(call) * LOG2_E) - shift)
     else:
-        return tl.exp2((scores * tile_unit(call) - shift[:, None]) * LOG2_E) * factor[:, None]
-
-
-@triton.jit
-def score_gradients(weights, dp, delta):
-    """weights * (dp - delta): the gradient of the logits, where delta [BLOCK_M] has the gradient of lse
-    taken off. A hidden key has weight 0, and no gradient whatever dp holds there."""
-    return tl.where(weights == 0, 0.0, weights * (dp - delta[:, None]))
+        return tl.exp2((scores * tile_unit(call) - shift) * LOG2_E) * factor

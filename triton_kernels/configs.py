@@ -127,3 +127,29 @@ def attention_fwd_config(
     target: str, itemsize: int, D: int, D_v: int, plain: bool, M: int
 ) -> AttentionFwdConfig:
     return AttentionFwdConfig(64, 32, 4, 2, False)
+
+
+class AttentionBwdConfig(NamedTuple):
+    block_m: int  # queries of a tile
+    block_n: int  # keys of a tile
+    num_warps: int
+    num_stages: int
+
+
+@functools.cache
+def attention_bwd_config(
+    target: str, itemsize: int, width: int, plain: bool
+) -> tuple[AttentionBwdConfig, AttentionBwdConfig]:
+    """Tiles of the gradients of keys, and of those of queries; width is the larger of D and D_v."""
+    return AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 32, 4, 1)
+
+
+class SumConfig(NamedTuple):
+    block: int  # queries and keys of a tile
+    num_warps: int
+
+
+@functools.cache
+def attention_sum_config(target: str, itemsize: int, width: int) -> SumConfig:
+    """Tiles of the returned weights and of the sums of biases."""
+    return SumConfig(32, 4)

@@ -154,18 +154,17 @@ def real_keys(call, head, offs_n):
 
 
 @triton.jit
-def visible(call, head, offs_m, offs_n, real):
-    """bool [BLOCK_M, BLOCK_N]: which keys each query may see; `real` is what `real_keys` gave for offs_n."""
-    seen = (offs_m >= 0)[:, None] & real[None, :]
-    diagonal = offs_m + head.offset
+def visible(call, head, m, n, real):
+    """bool: which keys each query of a tile may see. m, n and `real` (what `real_keys` gave for the keys) lie
+    along the tile's dimensions: [BLOCK_M, 1], [1, BLOCK_N] and [1, BLOCK_N], or transposed."""
+    seen = (m >= 0) & real
+    diagonal = m + head.offset
     if head.left is not None:
-        seen = seen & (offs_n[None, :] >= (diagonal - head.left)[:, None])
+        seen = seen & (n >= diagonal - head.left)
     if head.right is not None:
-        seen = seen & (offs_n[None, :] <= (diagonal + head.right)[:, None])
+        seen = seen & (n <= diagonal + head.right)
     if call.mask is not None:
         at = head.b * call.mask.stride_b + head.h * call.mask.stride_h
-        offsets = offs_m.to(tl.int64)[:, None] * call.mask.stride_m
-        offsets += offs_n.to(tl.int64)[None, :] * call.mask.stride_n
-        inside = seen & (offs_m < head.M)[:, None]
-        seen = seen & tl.load(call.mask.ptr + at + offsets, mask=inside, other=0)
+        offsets = m.to(tl.int64) * call.mask.stride_m + n.to(tl.int64) * call.mask.stride_n
+        seen = seen & tl.load(call.mask.ptr + at + offsets, mask=seen & (m < head.M), other=0)
     return seen

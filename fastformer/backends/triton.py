@@ -18,7 +18,7 @@ from torch.library import Library
 
 from . import raw_ops
 
-_SERVED = ("norm_fwd", "norm_bwd")
+_SERVED = ("norm_fwd", "norm_bwd", "attention_fwd", "attention_bwd")
 # Grids and row numbers are 32-bit.
 _MAX_ROWS = 2**31 - 1
 _OLDEST_CAPABILITY = (8, 0)
@@ -84,6 +84,9 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
 
 norm_fwd = partial(raw_ops.norm_fwd, "triton")
 norm_bwd = partial(raw_ops.norm_bwd, "triton")
+attention_fwd = partial(raw_ops.attention_fwd, "triton")
+attention_bwd = partial(raw_ops.attention_bwd, "triton")
+attention_weights = partial(raw_ops.attention_weights, "triton")
 
 
 def _norm_fwd_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -98,7 +101,28 @@ def _norm_bwd_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return launch(*args)
 
 
+def _attention_fwd_kernel(*args: Any) -> Any:
+    from ..triton_kernels.attention_fwd import attention_fwd as launch
+
+    return launch(*args)
+
+
+def _attention_bwd_kernel(*args: Any) -> Any:
+    from ..triton_kernels.attention_bwd import attention_bwd as launch
+
+    return launch(*args)
+
+
+def _attention_weights_kernel(*args: Any) -> Any:
+    from ..triton_kernels.attention_sums import attention_weights as launch
+
+    return launch(*args)
+
+
 _library = Library("fastformer", "IMPL")
 for _key in ("CUDA", "CPU"):  # CPU: the interpreter
     _library.impl("norm_fwd_triton", _norm_fwd_kernel, _key)
     _library.impl("norm_bwd_triton", _norm_bwd_kernel, _key)
+    _library.impl("attention_fwd_triton", _attention_fwd_kernel, _key)
+    _library.impl("attention_bwd_triton", _attention_bwd_kernel, _key)
+    _library.impl("attention_weights_triton", _attention_weights_kernel, _key)

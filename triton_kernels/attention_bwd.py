@@ -1,0 +1,289 @@
+"""Attention backward, over the tiles of attention_passes.py.
+
+    dv_j = sum_i w_ij grad_out_i     dk_j = scale sum_i ds_ij q_i     dq_i = scale sum_j ds_ij k_j
+
+One kernel holds a block of keys and runs over the queries (dK, dV), another holds queries and runs over keys
+(dQ): seven products where one kernel would do with five, but no two programs add to one address.
+
+(Dao, "FlashAttention-2", 2023; delta is its D.)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_call import (
+    SIZES,
+    AttentionCall,
+    Rows,
+    attention_call,
+    rows_of,
+    scores_of,
+    with_contiguous_rows,
+)
+from .attention_passes import (
+    ScorePass,
+    dropped,
+    gradient_tile,
+    keep_of,
+    load_keys,
+    load_queries,
+    weight_tile,
+)
+from .attention_rows import gradient_pass
+from .attention_sums import sum_bias, sum_relative_bias
+from .attention_tiles import key_at, query_at, store_rows
+from .configs import AttentionBwdConfig, attention_bwd_config
+from .launch import arch, ceil_div, on_device
+from .masks import head_of, key_blocks, masks_keys, query_blocks
+
+# bias, relative_bias and sink, None where the gradient is not needed.
+Wanted = list[torch.Tensor | None]
+
+_sized = triton.jit(do_not_specialize=[*SIZES, "tiles"])
+
+
+@triton.jit
+def _add_key_gradients(
+    call, scores, head, n0, begin, end, dk, dv, threshold, EDGE: tl.constexpr,
+    QUERY_SIGN: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D_v: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What queries [begin, end) add to the gradients of keys n0 on."""
+    keys = load_keys(call, scores, head, n0, EDGE, ALIGN, D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV, True)
+    for m0 in range(begin, end, BLOCK_M):
+        queries = load_queries(
+            call, scores, head, m0, EDGE, QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, True
+        )
+        w, slope = weight_tile(call, head, queries, keys, EDGE, True)
+        keep = keep_of(call, head, queries, keys, threshold, BLOCK_M, BLOCK_N, True)
+        kept = dropped(call, w, keep).to(keys.value.dtype)  # [BLOCK_N, BLOCK_M]
+        dv = tl.dot(kept, queries.grad_out, dv, input_precision="ieee")
+        ds = gradient_tile(call, scores, head, queries, keys, w, keep, EDGE, BLOCK_N, True) * slope
+        dk = tl.dot(ds.to(keys.key.dtype), queries.query, dk, input_precision="ieee")
+    return dk, dv
+
+
+@_sized
+def _key_gradients_kernel(
+    call, scores, grad_key, grad_value,
+    M, N, H, H_kv, left, right, lower_right, threshold, tiles,
+    QUERY_SIGN: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D_v: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of BLOCK_N keys of one key head a program, from every query head that reads them."""
+    stream, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    b, h_kv = stream // H_kv, stream % H_kv
+    group = H // H_kv
+    n0 = tile * BLOCK_N
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for member in range(group):
+        head = head_of(call, b, h_kv * group + member, M, N, H, H_kv, left, right, lower_right)
+        begin, full_begin, full_end, end = query_blocks(head, n0, BLOCK_M, BLOCK_N)
+        if masks_keys(call):
+            dk, dv = _add_key_gradients(
+                call, scores, head, n0, begin, end, dk, dv, threshold, True,
+                QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        else:
+            dk, dv = _add_key_gradients(
+                call, scores, head, n0, begin, full_begin, dk, dv, threshold, True,
+                QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            if full_begin < full_end:
+                dk, dv = _add_key_gradients(
+                    call, scores, head, n0, full_begin, full_end, dk, dv, threshold, False,
+                    QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+            dk, dv = _add_key_gradients(
+                call, scores, head, n0, full_end, end, dk, dv, threshold, True,
+                QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+    head = head_of(call, b, h_kv * group, M, N, H, H_kv, left, right, lower_right)
+    in_keys = n0 + tl.arange(0, BLOCK_N) < head.N
+    dk *= call.scale
+    store_rows(grad_key, key_at(grad_key, head, ALIGN), n0, in_keys, dk, D, ALIGN)
+    store_rows(grad_value, key_at(grad_value, head, ALIGN), n0, in_keys, dv, D_v, ALIGN)
+
+
+@triton.jit
+def _add_query_gradients(
+    call, scores, head, queries, grad_bias, begin, end, dq, threshold, EDGE: tl.constexpr,
+    ALIGN: tl.constexpr, D: tl.constexpr, D_v: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What keys [begin, end) add to the gradient of `queries`; writes the gradient of their bias."""
+    for n0 in range(begin, end, BLOCK_N):
+        keys = load_keys(call, scores, head, n0, EDGE, ALIGN, D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV, False)
+        w, slope = weight_tile(call, head, queries, keys, EDGE, False)
+        keep = keep_of(call, head, queries, keys, threshold, BLOCK_M, BLOCK_N, False)
+        ds = gradient_tile(call, scores, head, queries, keys, w, keep, EDGE, BLOCK_N, False)
+        if grad_bias is not None:
+            at = head.b * grad_bias.stride_b + head.h * grad_bias.stride_h
+            offsets = queries.m.to(tl.int64) * grad_bias.stride_m
+            offsets += keys.n.to(tl.int64) * grad_bias.stride_n
+            inside = (queries.m < head.M) & (keys.n < head.N)
+            tl.store(grad_bias.ptr + at + offsets, ds.to(grad_bias.ptr.dtype.element_ty), mask=inside)
+        dq = tl.dot((ds * slope).to(keys.key.dtype), keys.key, dq, input_precision="ieee")
+    return dq
+
+
+@_sized
+def _query_gradients_kernel(
+    call, scores, grad_query,
+    grad_bias,  # None, or Scores of a bias that is broadcast over nothing, zeroed
+    M, N, H, H_kv, left, right, lower_right, threshold, tiles,
+    QUERY_SIGN: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D_v: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dQ of BLOCK_M queries of one head a program."""
+    stream, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    if right is not None:
+        tile = tiles - 1 - tile  # the longest rows first, so that none is left over at the end
+    head = head_of(call, stream // H, stream % H, M, N, H, H_kv, left, right, lower_right)
+    m0 = tile * BLOCK_M
+    if m0 >= head.M:
+        return
+    queries = load_queries(
+        call, scores, head, m0, True, QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, False
+    )
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    begin, full_begin, full_end, end = key_blocks(head, m0, BLOCK_M, BLOCK_N)
+    if masks_keys(call):
+        dq = _add_query_gradients(
+            call, scores, head, queries, grad_bias, begin, end, dq, threshold, True,
+            ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    else:
+        if left is not None:
+            dq = _add_query_gradients(
+                call, scores, head, queries, grad_bias, begin, full_begin, dq, threshold, True,
+                ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        dq = _add_query_gradients(
+            call, scores, head, queries, grad_bias, full_begin, full_end, dq, threshold, False,
+            ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        dq = _add_query_gradients(
+            call, scores, head, queries, grad_bias, full_end, end, dq, threshold, True,
+            ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    dq *= call.scale * QUERY_SIGN
+    at = query_at(grad_query, head, ALIGN)
+    store_rows(grad_query, at, m0, m0 + tl.arange(0, BLOCK_M) < head.M, dq, D, ALIGN)
+
+
+def attention_bwd(
+    grad_out: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
+    grad_weights: torch.Tensor | None,
+    out: torch.Tensor,
+    row_max: torch.Tensor,
+    row_sum: torch.Tensor,
+    *arguments: Any,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of query, key, value, bias, relative_bias and sink.
+
+    Args:
+        grad_out, grad_lse, grad_weights: Like what they are gradients of; None for zeros.
+        out, row_max, row_sum: As attention_fwd gave them.
+        arguments: Those of `attention_call`, and whether the gradients of bias, relative_bias and sink are
+            needed.
+
+    Returns:
+        Gradients in the dtypes of their tensors, those of relative_bias and sink float32; the last three
+        are empty [0] where they are not needed.
+    """
+    *arguments, need_bias, need_relative_bias, need_sink = arguments  # type: ignore[assignment]
+    query, key, value = arguments[:3]
+    bias = arguments[6]
+    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
+    call = attention_call(*arguments)
+    wanted = [
+        tensor if need else None
+        for tensor, need in zip(arguments[6:9], (need_bias, need_relative_bias, need_sink), strict=True)
+    ]
+    if query.numel() == 0:
+        return (
+            *(grad.zero_() for grad in grads),
+            _zeros(query, wanted[0], None if bias is None else bias.dtype),
+            *(_zeros(row_max, tensor) for tensor in wanted[1:]),
+        )
+    grad_out = torch.zeros_like(out) if grad_out is None else with_contiguous_rows(grad_out)
+    out_rows, *gradient_rows = (rows_of(t) for t in (with_contiguous_rows(out), grad_out, *grads))
+    flags = flags_with(call, out_rows, *gradient_rows)
+    bias, relative_bias, sink = wanted
+    with on_device(query):
+        scores, grad_column, grad_sink = gradient_pass(
+            call, row_max, row_sum, out_rows, gradient_rows[0], grad_lse, grad_weights,
+            bias if _is_column(bias) else None, sink, flags,
+        )  # fmt: skip
+        grad_bias = _matrix_gradients(call, scores, gradient_rows[1:], bias, flags)
+        grad_relative = _relative_bias_gradient(call, scores, relative_bias, flags)
+    return *grads, grad_column if grad_bias is None else grad_bias, grad_relative, grad_sink
+
+
+def flags_with(call: AttentionCall, *rows: Rows) -> dict[str, Any]:
+    """The call's flags, for kernels that read or write these rows too."""
+    strides = (stride for each in rows for stride in each[1:4])
+    return call.flags | {"ALIGN": math.gcd(call.flags["ALIGN"], *strides)}
+
+
+def _zeros(like: torch.Tensor, tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return like.new_zeros(0 if tensor is None else tensor.shape, dtype=dtype)
+
+
+def _is_column(bias: torch.Tensor | None) -> bool:
+    return bias is not None and bias.shape[3] == 1
+
+
+def _matrix_gradients(
+    call: AttentionCall,
+    scores: ScorePass,
+    grads: list[Rows],
+    bias: torch.Tensor | None,
+    flags: dict[str, Any],
+) -> torch.Tensor | None:
+    """Fills the gradients of query, key and value; returns that of a bias of more than one column."""
+    keys, queries = _config(call)
+    whole, grad_bias = None, None
+    if bias is not None and not _is_column(bias):
+        if bias.shape == (call.B, call.H, call.M, call.N):
+            grad_bias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
+            whole = scores_of(grad_bias)
+        else:
+            grad_bias = sum_bias(call, scores, bias, flags)
+    tiles = ceil_div(call.N, keys.block_n)
+    if tiles > 0:
+        _key_gradients_kernel[(call.B * call.H_kv * tiles,)](
+            call.tensors, scores, grads[1], grads[2], *call.sizes, tiles,
+            **flags, BLOCK_M=keys.block_m, BLOCK_N=keys.block_n,
+            num_warps=keys.num_warps, num_stages=keys.num_stages,
+        )  # fmt: skip
+    tiles = ceil_div(call.M, queries.block_m)
+    _query_gradients_kernel[(call.B * call.H * tiles,)](
+        call.tensors, scores, grads[0], whole, *call.sizes, tiles,
+        **flags, BLOCK_M=queries.block_m, BLOCK_N=queries.block_n,
+        num_warps=queries.num_warps, num_stages=queries.num_stages,
+    )  # fmt: skip
+    return grad_bias
+
+
+def _relative_bias_gradient(
+    call: AttentionCall, scores: ScorePass, relative_bias: torch.Tensor | None, flags: dict[str, Any]
+) -> torch.Tensor:
+    if relative_bias is None or call.N == 0:
+        return _zeros(scores.delta_ptr, relative_bias)
+    return sum_relative_bias(call, scores, relative_bias.shape[0], flags)
+
+
+def _config(call: AttentionCall) -> tuple[AttentionBwdConfig, AttentionBwdConfig]:
+    """For the gradients of keys, and for those of queries."""
+    device = call.tensors.query.ptr.device
+    return attention_bwd_config(arch(device), call.dtype.itemsize, max(call.D, call.D_v), call.is_plain)
