@@ -18,9 +18,10 @@ from torch.library import Library
 
 from . import raw_ops
 
-_SERVED = ("norm_fwd", "norm_bwd")
+_SERVED = ("norm_fwd", "norm_bwd", "attention_fwd")
 # Grids and row numbers are 32-bit.
 _MAX_ROWS = 2**31 - 1
+_MAX_HEAD_DIM = 256
 _OLDEST_CAPABILITY = (8, 0)
 
 
@@ -71,6 +72,10 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
         return refusal
     first = tensors[0]
     assert first is not None
+    if op in ("attention_fwd", "attention_bwd"):
+        refusal = _attention_refusal(spec, tensors)
+        if refusal is not None:
+            return refusal
     if first.numel() > _MAX_ROWS * first.shape[-1]:
         return f"its kernels take at most {_MAX_ROWS} rows"
     if first.device.type == "cuda":
@@ -82,8 +87,20 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
     )
 
 
+def _attention_refusal(spec: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
+    query, _, value, *_ = tensors
+    assert query is not None and value is not None
+    for name, width in (("query", query.shape[-1]), ("value", value.shape[-1])):
+        if not 1 <= width <= _MAX_HEAD_DIM:
+            return f"its attention takes head dims of 1 to {_MAX_HEAD_DIM}, and {name}'s is {width}"
+    if spec.return_weights is not None:
+        return "it returns no attention weights yet"
+    return None
+
+
 norm_fwd = partial(raw_ops.norm_fwd, "triton")
 norm_bwd = partial(raw_ops.norm_bwd, "triton")
+attention_fwd = partial(raw_ops.attention_fwd, "triton")
 
 
 def _norm_fwd_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -98,7 +115,14 @@ def _norm_bwd_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return launch(*args)
 
 
+def _attention_fwd_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from ..triton_kernels.attention_fwd import attention_fwd as launch
+
+    return launch(*args)
+
+
 _library = Library("fastformer", "IMPL")
 for _key in ("CUDA", "CPU"):  # CPU: the interpreter
     _library.impl("norm_fwd_triton", _norm_fwd_kernel, _key)
     _library.impl("norm_bwd_triton", _norm_bwd_kernel, _key)
+    _library.impl("attention_fwd_triton", _attention_fwd_kernel, _key)
