@@ -42,6 +42,16 @@ def dropout_constants(dropout_p: float) -> tuple[int, float]:
 
 
 @functools.cache
+def arch(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ..."""
+    if device.type != "cuda":
+        return "sm_80"  # the interpreter, which takes any tile
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@functools.cache
 def sm_count(device: torch.device) -> int:
     # The interpreter, on CPU tensors, runs its programs one after another.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -52,14 +62,3 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
-
-
-@functools.cache
-def arch(device: torch.device) -> str:
-    """What the kernels are compiled for: "sm_90", "gfx942", ...; in the interpreter, on CPU tensors, "sm_80"."""
-    if device.type != "cuda":
-        return "sm_80"
-    properties = torch.cuda.get_device_properties(device)
-    if TARGET == "hip":
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"

@@ -21,6 +21,7 @@ from . import raw_ops
 _SERVED = ("norm_fwd", "norm_bwd", "attention_fwd", "attention_bwd")
 # Grids and row numbers are 32-bit.
 _MAX_ROWS = 2**31 - 1
+_MAX_HEAD_DIM = 256
 _OLDEST_CAPABILITY = (8, 0)
 
 
@@ -71,6 +72,10 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
         return refusal
     first = tensors[0]
     assert first is not None
+    if op in ("attention_fwd", "attention_bwd"):
+        refusal = _attention_refusal(tensors)
+        if refusal is not None:
+            return refusal
     if first.numel() > _MAX_ROWS * first.shape[-1]:
         return f"its kernels take at most {_MAX_ROWS} rows"
     if first.device.type == "cuda":
@@ -80,6 +85,15 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
     return (
         None if _interpreting() else "it serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"
     )
+
+
+def _attention_refusal(tensors: tuple[Tensor | None, ...]) -> str | None:
+    query, _, value, *_ = tensors
+    assert query is not None and value is not None
+    for name, width in (("query", query.shape[-1]), ("value", value.shape[-1])):
+        if not 1 <= width <= _MAX_HEAD_DIM:
+            return f"its attention takes head dims of 1 to {_MAX_HEAD_DIM}, and {name}'s is {width}"
+    return None
 
 
 norm_fwd = partial(raw_ops.norm_fwd, "triton")
@@ -101,19 +115,19 @@ def _norm_bwd_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return launch(*args)
 
 
-def _attention_fwd_kernel(*args: Any) -> Any:
+def _attention_fwd_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..triton_kernels.attention_fwd import attention_fwd as launch
 
     return launch(*args)
 
 
-def _attention_bwd_kernel(*args: Any) -> Any:
+def _attention_bwd_kernel(*args: Any) -> tuple[Tensor, ...]:
     from ..triton_kernels.attention_bwd import attention_bwd as launch
 
     return launch(*args)
 
 
-def _attention_weights_kernel(*args: Any) -> Any:
+def _attention_weights_kernel(*args: Any) -> Tensor:
     from ..triton_kernels.attention_sums import attention_weights as launch
 
     return launch(*args)

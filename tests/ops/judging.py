@@ -25,8 +25,10 @@ def skip_unless_built(backend):
 
 
 def without_grad(inputs):
+    """What has no gradient stays the same tensor, so that one given twice still is one."""
     return {
-        name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
+        name: value.detach() if isinstance(value, torch.Tensor) and value.requires_grad else value
+        for name, value in inputs.items()
     }
 
 

@@ -223,14 +223,21 @@ def load(ptx_text):
     return Module(ptx_text)
 
 
+def _unfolded(kind, arg):
+    """The runtime values of one Triton argument: a tuple lies unfolded among the kernel's parameters."""
+    if isinstance(kind, tuple):
+        return [value for pair in zip(kind, arg, strict=True) for value in _unfolded(*pair)]
+    return [] if kind == "constexpr" else [arg]
+
+
 class TritonKernel:
     """A compiled Triton kernel (from triton.compile) ready to run here."""
 
     def __init__(self, compiled):
         self.compiled, self.meta = compiled, compiled.metadata
         self.kernel = load(compiled.asm["ptx"]).kernel(self.meta.name)
-        src = compiled.src
-        self.runtime_args = [n for n, t in src.signature.items() if t != "constexpr"]
+        self.signature = compiled.src.signature
+        self.runtime_args = [n for n, t in self.signature.items() if t != "constexpr"]
 
     def launch(self, grid, checks=None, **args):
         """Launch with keyword arguments named as in the Triton function (runtime arguments only)."""
@@ -239,7 +246,7 @@ class TritonKernel:
             raise PtxError(
                 f"{self.kernel.name}: runtime arguments are {self.runtime_args}, mismatch: {missing}"
             )
-        values = [args[n] for n in self.runtime_args]
+        values = [value for n in self.runtime_args for value in _unfolded(self.signature[n], args[n])]
         grid3 = tuple(grid) + (1,) * (3 - len(grid)) if isinstance(grid, (tuple, list)) else (grid, 1, 1)
         blocks = int(np.prod(grid3))
         hidden = len(self.kernel.params) - len(values)  # global scratch, profile scratch

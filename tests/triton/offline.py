@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
-from fastformer.triton_kernels import norm_bwd, norm_fwd
+from fastformer.triton_kernels import (
+    attention_bwd,
+    attention_fwd,
+    attention_rows,
+    attention_sums,
+    norm_bwd,
+    norm_fwd,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -36,7 +43,7 @@ SHARED_LIMIT = {
     "gfx942": 64 << 10,
     "gfx950": 160 << 10,
 }
-LAUNCHERS = (norm_fwd, norm_bwd)
+LAUNCHERS = (norm_fwd, norm_bwd, attention_fwd, attention_rows, attention_sums, attention_bwd)
 
 
 class Launch(NamedTuple):
@@ -59,7 +66,9 @@ class _StandIn:
 def catch_launches(monkeypatch, target, run):
     """Have the launchers believe in `target`'s kind of GPU, and hand every Launch to `run` instead."""
     for module in LAUNCHERS:
-        monkeypatch.setattr(module, "TARGET", TARGETS[target].backend)
+        for name, value in (("TARGET", TARGETS[target].backend), ("arch", lambda device: target)):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction) and name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, _StandIn(value, run))
