@@ -40,7 +40,7 @@ from .attention_sums import sum_bias, sum_relative_bias
 from .attention_tiles import key_at, query_at, store_rows
 from .configs import AttentionBwdConfig, attention_bwd_config
 from .launch import arch, ceil_div, on_device
-from .masks import head_of, key_blocks, masks_keys, query_blocks
+from .masks import Blocks, block_count, block_start, head_of, key_blocks, masks_keys, query_blocks
 
 # bias, relative_bias and sink, None where the gradient is not needed.
 Wanted = list[torch.Tensor | None]
@@ -50,13 +50,14 @@ _sized = triton.jit(do_not_specialize=[*SIZES, "tiles"])
 
 @triton.jit
 def _add_key_gradients(
-    call, scores, head, n0, begin, end, dk, dv, threshold, EDGE: tl.constexpr,
+    call, scores, head, n0, blocks, dk, dv, threshold, EDGE: tl.constexpr,
     QUERY_SIGN: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D_v: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What queries [begin, end) add to the gradients of keys n0 on."""
+    """What the full blocks of queries, or the others, add to the gradients of keys n0 on."""
     keys = load_keys(call, scores, head, n0, EDGE, ALIGN, D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV, True)
-    for m0 in range(begin, end, BLOCK_M):
+    for index in range(block_count(blocks, EDGE, BLOCK_M)):
+        m0 = block_start(blocks, index, EDGE, BLOCK_M)
         queries = load_queries(
             call, scores, head, m0, EDGE, QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, True
         )
@@ -64,7 +65,7 @@ def _add_key_gradients(
         keep = keep_of(call, head, queries, keys, threshold, BLOCK_M, BLOCK_N, True)
         kept = dropped(call, w, keep).to(keys.value.dtype)  # [BLOCK_N, BLOCK_M]
         dv = tl.dot(kept, queries.grad_out, dv, input_precision="ieee")
-        ds = gradient_tile(call, scores, head, queries, keys, w, keep, EDGE, BLOCK_N, True) * slope
+        ds = gradient_tile(call, scores, head, queries, keys, w, keep, EDGE, True) * slope
         dk = tl.dot(ds.to(keys.key.dtype), queries.query, dk, input_precision="ieee")
     return dk, dv
 
@@ -75,37 +76,30 @@ def _key_gradients_kernel(
     M, N, H, H_kv, left, right, lower_right, threshold, tiles,
     QUERY_SIGN: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D_v: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BLOCK_N keys of one key head a program, from every query head that reads them."""
+    """dK and dV of BLOCK_N keys of one key head a program, from the GROUP query heads that read them."""
     stream, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     b, h_kv = stream // H_kv, stream % H_kv
-    group = H // H_kv
     n0 = tile * BLOCK_N
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for member in range(group):
-        head = head_of(call, b, h_kv * group + member, M, N, H, H_kv, left, right, lower_right)
-        begin, full_begin, full_end, end = query_blocks(head, n0, BLOCK_M, BLOCK_N)
+    for member in range(GROUP):
+        head = head_of(call, b, h_kv * GROUP + member, M, N, H, H_kv, left, right, lower_right)
+        blocks = query_blocks(head, n0, BLOCK_M, BLOCK_N)
         if masks_keys(call):
-            dk, dv = _add_key_gradients(
-                call, scores, head, n0, begin, end, dk, dv, threshold, True,
-                QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-        else:
-            dk, dv = _add_key_gradients(
-                call, scores, head, n0, begin, full_begin, dk, dv, threshold, True,
-                QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-            if full_begin < full_end:
+            blocks = Blocks(blocks.begin, blocks.begin, blocks.begin, blocks.end)
+        dk, dv = _add_key_gradients(
+            call, scores, head, n0, blocks, dk, dv, threshold, True,
+            QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        if not masks_keys(call):
+            if blocks.full_begin < blocks.full_end:  # else its keys may lie past the last
                 dk, dv = _add_key_gradients(
-                    call, scores, head, n0, full_begin, full_end, dk, dv, threshold, False,
+                    call, scores, head, n0, blocks, dk, dv, threshold, False,
                     QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
-            dk, dv = _add_key_gradients(
-                call, scores, head, n0, full_end, end, dk, dv, threshold, True,
-                QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-    head = head_of(call, b, h_kv * group, M, N, H, H_kv, left, right, lower_right)
+    head = head_of(call, b, h_kv * GROUP, M, N, H, H_kv, left, right, lower_right)
     in_keys = n0 + tl.arange(0, BLOCK_N) < head.N
     dk *= call.scale
     store_rows(grad_key, key_at(grad_key, head, ALIGN), n0, in_keys, dk, D, ALIGN)
@@ -114,16 +108,18 @@ def _key_gradients_kernel(
 
 @triton.jit
 def _add_query_gradients(
-    call, scores, head, queries, grad_bias, begin, end, dq, threshold, EDGE: tl.constexpr,
+    call, scores, head, queries, grad_bias, blocks, dq, threshold, EDGE: tl.constexpr,
     ALIGN: tl.constexpr, D: tl.constexpr, D_v: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What keys [begin, end) add to the gradient of `queries`; writes the gradient of their bias."""
-    for n0 in range(begin, end, BLOCK_N):
+    """What the full blocks of keys, or the others, add to the gradient of `queries`; writes the gradient
+    of their bias."""
+    for index in range(block_count(blocks, EDGE, BLOCK_N)):
+        n0 = block_start(blocks, index, EDGE, BLOCK_N)
         keys = load_keys(call, scores, head, n0, EDGE, ALIGN, D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV, False)
         w, slope = weight_tile(call, head, queries, keys, EDGE, False)
         keep = keep_of(call, head, queries, keys, threshold, BLOCK_M, BLOCK_N, False)
-        ds = gradient_tile(call, scores, head, queries, keys, w, keep, EDGE, BLOCK_N, False)
+        ds = gradient_tile(call, scores, head, queries, keys, w, keep, EDGE, False)
         if grad_bias is not None:
             at = head.b * grad_bias.stride_b + head.h * grad_bias.stride_h
             offsets = queries.m.to(tl.int64) * grad_bias.stride_m
@@ -154,24 +150,16 @@ def _query_gradients_kernel(
         call, scores, head, m0, True, QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, False
     )
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    begin, full_begin, full_end, end = key_blocks(head, m0, BLOCK_M, BLOCK_N)
+    blocks = key_blocks(head, m0, BLOCK_M, BLOCK_N)
     if masks_keys(call):
+        blocks = Blocks(blocks.begin, blocks.begin, blocks.begin, blocks.end)
+    dq = _add_query_gradients(
+        call, scores, head, queries, grad_bias, blocks, dq, threshold, True,
+        ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    if not masks_keys(call):
         dq = _add_query_gradients(
-            call, scores, head, queries, grad_bias, begin, end, dq, threshold, True,
-            ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    else:
-        if left is not None:
-            dq = _add_query_gradients(
-                call, scores, head, queries, grad_bias, begin, full_begin, dq, threshold, True,
-                ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-        dq = _add_query_gradients(
-            call, scores, head, queries, grad_bias, full_begin, full_end, dq, threshold, False,
-            ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        dq = _add_query_gradients(
-            call, scores, head, queries, grad_bias, full_end, end, dq, threshold, True,
+            call, scores, head, queries, grad_bias, blocks, dq, threshold, False,
             ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     dq *= call.scale * QUERY_SIGN
@@ -263,7 +251,7 @@ def _matrix_gradients(
     if tiles > 0:
         _key_gradients_kernel[(call.B * call.H_kv * tiles,)](
             call.tensors, scores, grads[1], grads[2], *call.sizes, tiles,
-            **flags, BLOCK_M=keys.block_m, BLOCK_N=keys.block_n,
+            **flags, BLOCK_M=keys.block_m, BLOCK_N=keys.block_n, GROUP=call.H // call.H_kv,
             num_warps=keys.num_warps, num_stages=keys.num_stages,
         )  # fmt: skip
     tiles = ceil_div(call.M, queries.block_m)

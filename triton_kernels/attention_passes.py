@@ -33,6 +33,7 @@ class ScorePass(NamedTuple):
     shift_ptr: Any  # see attention_tiles.row_pivots
     factor_ptr: Any
     delta_ptr: Any  # sum_j w_ij dw_ij; None where only weights are wanted
+    gain_ptr: Any  # see RowTerms; the delta of such a row is 0
     grad_lse_ptr: Any  # or None
     stride_b: Any
     stride_h: Any
@@ -52,6 +53,7 @@ class RowTerms(NamedTuple):
     shift: Any
     factor: Any
     delta: Any
+    gain: Any  # 0 in a row that sees one key alone, whose weight is 1 whatever its score; else 1
     grad_lse: Any
 
 
@@ -123,6 +125,7 @@ def load_queries(
         _load_terms(scores.shift_ptr, at, in_rows, float("inf"), TRANSPOSED),
         _load_terms(scores.factor_ptr, at, in_rows, 0.0, TRANSPOSED),
         _load_terms(scores.delta_ptr, at, in_rows, 0.0, TRANSPOSED),
+        _load_terms(scores.gain_ptr, at, in_rows, 0.0, TRANSPOSED),
         _load_terms(scores.grad_lse_ptr, at, in_rows, 0.0, TRANSPOSED),
     )
     return Queries(m0, along(offs_m, 0, TRANSPOSED), signed_query(q, QUERY_SIGN), grad_out, terms)
@@ -203,33 +206,15 @@ def weights_gradient(call, scores, head, queries, keys, keep, TRANSPOSED: tl.con
 
 
 @triton.jit
-def _is_whole(head, m, n0, BLOCK_N: tl.constexpr):
-    """bool, like m: the queries all of whose keys lie in block n0, masks apart."""
-    begin, end = head.key_begin + m * 0, head.key_end + m * 0
-    if head.left is not None:
-        begin = tl.maximum(begin, m + head.offset - head.left)
-    if head.right is not None:
-        end = tl.minimum(end, m + head.offset + head.right + 1)
-    return (begin >= n0) & (end <= n0 + BLOCK_N)
-
-
-@triton.jit
 def gradient_tile(
-    call, scores, head, queries, keys, weights, keep, EDGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-):  # fmt: skip
-    """The gradient of the logits before softcap's slope joins it.
-
-    A row whose keys all lie in this block has its delta from it: then a row that sees one key has no
-    gradient but that of lse, exactly.
-    """
+    call, scores, head, queries, keys, weights, keep, EDGE: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """The gradient of the logits before softcap's slope joins it."""
     dw = weights_gradient(call, scores, head, queries, keys, keep, TRANSPOSED)
-    delta = queries.terms.delta
     if EDGE:
-        of_tile = tl.sum(weights * dw, 0 if TRANSPOSED else 1)
-        whole = _is_whole(head, queries.m, keys.n0, BLOCK_N)
-        delta = tl.where(whole, along(of_tile, 0, TRANSPOSED), delta)
-    below = dw - delta
+        below = dw * queries.terms.gain - queries.terms.delta
+    else:
+        below = dw - queries.terms.delta
     if queries.terms.grad_lse is not None:
         below += queries.terms.grad_lse
     grads = weights * below

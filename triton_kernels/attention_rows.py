@@ -38,6 +38,7 @@ class RowValues(NamedTuple):
     shift_ptr: Any  # the rest is written; see attention_tiles.row_pivots
     factor_ptr: Any
     delta_ptr: Any
+    gain_ptr: Any  # see attention_passes.RowTerms
     bias_ptr: Any  # [B, H, M]: sum_j ds_ij, the gradient of a bias of one column
     sink_ptr: Any  # [B, H, tiles of queries]
 
@@ -60,6 +61,17 @@ def _delta_over_keys(
         dw = weights_gradient(call, scores, head, queries, keys, keep, False)
         delta += tl.sum(tl.where(w == 0, 0.0, w * dw), 1)
     return delta
+
+
+@triton.jit
+def _sees_one_key(head, offs_m):
+    """bool, like offs_m; by window, lengths and padding, but not by a mask of queries and keys."""
+    begin, end = head.key_begin + offs_m * 0, head.key_end + offs_m * 0
+    if head.left is not None:
+        begin = tl.maximum(begin, offs_m + head.offset - head.left)
+    if head.right is not None:
+        end = tl.minimum(end, offs_m + head.offset + head.right + 1)
+    return end - begin == 1
 
 
 @triton.jit(do_not_specialize=[*SIZES, "tiles"])
@@ -95,7 +107,11 @@ def _rows_kernel(
             delta = _delta_over_keys(
                 call, scores, head, m0, threshold, QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK
             )
-        tl.store(rows.delta_ptr + at, delta, mask=in_rows)
+        is_constant = row_sum < 0
+        if call.sink_ptr is None:
+            is_constant = _sees_one_key(head, offs_m)
+        tl.store(rows.delta_ptr + at, tl.where(is_constant, 0.0, delta), mask=in_rows)
+        tl.store(rows.gain_ptr + at, tl.where(is_constant, 0.0, 1.0), mask=in_rows)
         sees_nothing = row_sum == 0
         grad_lse = tl.zeros([BLOCK], tl.float32)
         if scores.grad_lse_ptr is not None:
@@ -119,6 +135,7 @@ def weight_pass(
     scores = ScorePass(
         torch.empty_like(row_max),
         torch.empty_like(row_max),
+        None,
         None,
         None,
         *stats_strides(row_max),
@@ -158,6 +175,7 @@ def gradient_pass(
         torch.empty_like(row_max),
         torch.empty_like(row_max),
         delta,
+        torch.empty_like(row_max),
         grad_lse,
         *stats_strides(row_max),
         grad_out,
@@ -171,7 +189,13 @@ def gradient_pass(
     if given is not None:  # delta then takes weights, which take what is written here
         _launch(call, scores, None, values, flags)
         values = values._replace(shift_ptr=None, factor_ptr=None)
-    _launch(call, scores, out, values._replace(delta_ptr=delta, bias_ptr=of_rows, sink_ptr=shares), flags)
+    _launch(
+        call,
+        scores,
+        out,
+        values._replace(delta_ptr=delta, gain_ptr=scores.gain_ptr, bias_ptr=of_rows, sink_ptr=shares),
+        flags,
+    )
     grad_column = delta.new_empty(0)
     if of_rows is not None:
         assert column_bias is not None
@@ -182,7 +206,7 @@ def gradient_pass(
 
 
 def _values(scores: ScorePass, row_max: torch.Tensor, row_sum: torch.Tensor) -> RowValues:
-    return RowValues(row_max, row_sum, scores.shift_ptr, scores.factor_ptr, None, None, None)
+    return RowValues(row_max, row_sum, scores.shift_ptr, scores.factor_ptr, None, None, None, None)
 
 
 def _key(call: AttentionCall) -> tuple[str, int, int]:

@@ -48,7 +48,7 @@ def _summand(
     if scores.grad_out is None:
         return dropped(call, w, keep)
     else:
-        return gradient_tile(call, scores, head, queries, keys, w, keep, True, BLOCK_N, False)
+        return gradient_tile(call, scores, head, queries, keys, w, keep, True, False)
 
 
 @_sized

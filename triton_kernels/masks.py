@@ -142,6 +142,26 @@ def query_blocks(head, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def block_count(blocks, EDGE: tl.constexpr, BLOCK: tl.constexpr):
+    """How many blocks are full or, with EDGE, how many are visible and not full."""
+    full = blocks.full_end - blocks.full_begin
+    if EDGE:
+        return (blocks.end - blocks.begin - full) // BLOCK
+    else:
+        return full // BLOCK
+
+
+@triton.jit
+def block_start(blocks, index, EDGE: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the block of that index begins among those that block_count counts."""
+    if EDGE:
+        start = blocks.begin + index * BLOCK
+        return start + tl.where(start >= blocks.full_begin, blocks.full_end - blocks.full_begin, 0)
+    else:
+        return blocks.full_begin + index * BLOCK
+
+
+@triton.jit
 def masks_keys(call):
     """Whether keys may be hidden anywhere, so that no block is full. Known when a kernel is compiled."""
     return call.mask is not None or call.key_mask is not None or call.padding is not None
