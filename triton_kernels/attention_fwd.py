@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .attention_call import SIZES, AttentionCall, Rows, attention_call, rows_of, stats_strides
 from .attention_tiles import (
@@ -62,8 +63,8 @@ class Shares(NamedTuple):
 
 
 @triton.jit
-def _fold(call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED: tl.constexpr):
-    """Fold one tile of scores and its values into the running softmax: (acc, row_max, row_sum).
+def _fold(call, head, scores, acc, row_max, row_sum, offs_m, n0, threshold, FUSED: tl.constexpr):
+    """Fold one tile of scores into the running softmax: (weights, acc rescaled, row_max, row_sum).
 
     FUSED tiles hold bare products, and row_max then is an exponent of 2: one multiply-add a score.
     """
@@ -81,8 +82,7 @@ def _fold(call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, F
     row_sum = row_sum * rescale + tl.sum(p, 1)
     if call.seed_ptr is not None:
         p = tl.where(keep_tile(call, head, threshold, offs_m, n0, p.shape[1]), p, 0.0)
-    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
-    return acc, largest, row_sum
+    return p.to(call.value.ptr.dtype.element_ty), acc * rescale[:, None], largest, row_sum
 
 
 @triton.jit
@@ -99,53 +99,64 @@ def _edge_blocks(
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = score_tile(call, head, products, offs_m, offs_n)
         scores = hide(call, head, scores, offs_m, offs_n, real)
-        v = load_rows(call.value, value, n0, real, D_v, BLOCK_N, BLOCK_DV, ALIGN)
-        acc, row_max, row_sum = _fold(
-            call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
+        p, acc, row_max, row_sum = _fold(
+            call, head, scores, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
         )
+        v = load_rows(call.value, value, n0, real, D_v, BLOCK_N, BLOCK_DV, ALIGN)
+        acc = tl.dot(p, v, acc, input_precision="ieee")
     return acc, row_max, row_sum
 
 
 @triton.jit
+def _load_block(call, head, descriptor, n0, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Keys or values n0 .. n0 + BLOCK_N - 1, [BLOCK_N, BLOCK_W] with zeros past the tensor's columns."""
+    b = head.b.to(tl.int32)
+    if call.starts_k_ptr is not None:
+        b = b * 0
+    first = head.first_key.to(tl.int32) + n0
+    return descriptor.load([b, head.h_kv.to(tl.int32), first, 0]).reshape([BLOCK_N, BLOCK_W])
+
+
+@triton.jit
 def _full_blocks(
-    call, head, q, acc, row_max, row_sum, offs_m, begin, end, threshold, FUSED: tl.constexpr, ALIGN: tl.constexpr,
-    D: tl.constexpr, D_v: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    AHEAD: tl.constexpr,
+    call, head, descriptors, q, acc, row_max, row_sum, offs_m, begin, end, threshold,
+    FUSED: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D_v: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of keys that every query of the tile sees. AHEAD: a block's products are issued before the
-    softmax of the block before, so that tensor cores work while the exponentials are computed."""
+    """Blocks of keys that every query of the tile sees. With descriptors a block's products are issued
+    before the softmax of the block before, so that tensor cores work while exponentials are computed."""
     key, value = key_at(call.key, head, ALIGN), key_at(call.value, head, ALIGN)
-    if AHEAD:
-        if begin < end:
-            k = load_rows(call.key, key, begin, None, D, BLOCK_N, BLOCK_D, ALIGN)
-            products = tl.dot(q, tl.trans(k), input_precision="ieee")
-            for n0 in range(begin, end - BLOCK_N, BLOCK_N):
-                offs_n = n0 + tl.arange(0, BLOCK_N)
-                k = load_rows(call.key, key, n0 + BLOCK_N, None, D, BLOCK_N, BLOCK_D, ALIGN)
-                following = tl.dot(q, tl.trans(k), input_precision="ieee")
-                v = load_rows(call.value, value, n0, None, D_v, BLOCK_N, BLOCK_DV, ALIGN)
-                scores = score_tile(call, head, products, offs_m, offs_n)
-                acc, row_max, row_sum = _fold(
-                    call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
-                )
-                products = following
-            n0 = end - BLOCK_N
-            offs_n = n0 + tl.arange(0, BLOCK_N)
-            v = load_rows(call.value, value, n0, None, D_v, BLOCK_N, BLOCK_DV, ALIGN)
-            scores = score_tile(call, head, products, offs_m, offs_n)
-            acc, row_max, row_sum = _fold(
-                call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
-            )
-    else:
+    if descriptors is None:
         for n0 in range(begin, end, BLOCK_N):
             offs_n = n0 + tl.arange(0, BLOCK_N)
             k = load_rows(call.key, key, n0, None, D, BLOCK_N, BLOCK_D, ALIGN)
             products = tl.dot(q, tl.trans(k), input_precision="ieee")
             scores = score_tile(call, head, products, offs_m, offs_n)
-            v = load_rows(call.value, value, n0, None, D_v, BLOCK_N, BLOCK_DV, ALIGN)
-            acc, row_max, row_sum = _fold(
-                call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
+            p, acc, row_max, row_sum = _fold(
+                call, head, scores, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
             )
+            v = load_rows(call.value, value, n0, None, D_v, BLOCK_N, BLOCK_DV, ALIGN)
+            acc = tl.dot(p, v, acc, input_precision="ieee")
+    elif begin < end:
+        k = _load_block(call, head, descriptors[0], begin, BLOCK_N, BLOCK_D)
+        products = tl.dot(q, tl.trans(k))
+        for n0 in range(begin, end - BLOCK_N, BLOCK_N):
+            k = _load_block(call, head, descriptors[0], n0 + BLOCK_N, BLOCK_N, BLOCK_D)
+            following = tl.dot(q, tl.trans(k))
+            scores = score_tile(call, head, products, offs_m, n0 + tl.arange(0, BLOCK_N))
+            p, acc, row_max, row_sum = _fold(
+                call, head, scores, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
+            )
+            v = _load_block(call, head, descriptors[1], n0, BLOCK_N, BLOCK_DV)
+            acc = tl.dot(p, v, acc, input_precision="ieee")
+            products = following
+        n0 = end - BLOCK_N
+        scores = score_tile(call, head, products, offs_m, n0 + tl.arange(0, BLOCK_N))
+        p, acc, row_max, row_sum = _fold(
+            call, head, scores, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
+        )
+        v = _load_block(call, head, descriptors[1], n0, BLOCK_N, BLOCK_DV)
+        acc = tl.dot(p, v, acc, input_precision="ieee")
     return acc, row_max, row_sum
 
 
@@ -190,11 +201,11 @@ def _attention_fwd_kernel(
     call,  # attention_call.Tensors
     out,  # Rows: [B, H, M, D_v]
     stats,  # RowStats
+    descriptors,  # None or those of (key, value)
     shares,  # None or Shares: then out and stats are left to _combine_kernel
     M, N, H, H_kv, left, right, lower_right, threshold, tiles, splits,
     QUERY_SIGN: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D_v: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head a program, or its share of their keys; writes out, lse and statistics.
 
@@ -236,8 +247,8 @@ def _attention_fwd_kernel(
                 D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
         acc, row_max, row_sum = _full_blocks(
-            call, head, q, acc, row_max, row_sum, offs_m, full_begin, full_end, threshold, FUSED, ALIGN,
-            D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV, AHEAD,
+            call, head, descriptors, q, acc, row_max, row_sum, offs_m, full_begin, full_end, threshold,
+            FUSED, ALIGN, D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         acc, row_max, row_sum = _edge_blocks(
             call, head, q, acc, row_max, row_sum, offs_m, full_end, end, threshold, FUSED, ALIGN,
@@ -332,6 +343,7 @@ def _launch(call: AttentionCall, out: Rows, stats: RowStats, target: str) -> Non
         call.tensors,
         out,
         stats,
+        _descriptors(call, config.block_n) if config.ahead else None,
         shares,
         *call.sizes,
         tiles,
@@ -339,7 +351,6 @@ def _launch(call: AttentionCall, out: Rows, stats: RowStats, target: str) -> Non
         **call.flags,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        AHEAD=config.ahead,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=True,
@@ -359,6 +370,21 @@ def _launch(call: AttentionCall, out: Rows, stats: RowStats, target: str) -> Non
             num_warps=4,
             enable_fp_fusion=True,
         )
+
+
+def _descriptors(call: AttentionCall, block_n: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """What the copy engine needs to know of key and value: [B, H_kv, N, D], packed [1, H_kv, total, D]."""
+    widths = (call.D, call.flags["BLOCK_D"]), (call.D_v, call.flags["BLOCK_DV"])
+    key, value = (
+        TensorDescriptor(
+            rows.ptr,
+            [1 if call.packed else call.B, call.H_kv, rows.ptr.shape[0 if call.packed else 2], width],
+            [rows.stride_b or rows.stride_h, rows.stride_h, rows.stride_m, 1],
+            [1, 1, block_n, block],
+        )
+        for rows, (width, block) in zip((call.tensors.key, call.tensors.value), widths, strict=True)
+    )
+    return key, value
 
 
 def _visible_keys(call: AttentionCall) -> int:
