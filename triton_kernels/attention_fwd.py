@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .attention_call import SIZES, AttentionCall, Rows, attention_call, rows_of, stats_strides
 from .attention_tiles import (
@@ -32,8 +33,8 @@ from .attention_tiles import (
     store_rows,
     tile_unit,
 )
-from .configs import attention_fwd_config
-from .launch import arch, ceil_div, on_device
+from .configs import AttentionFwdConfig, attention_fwd_config
+from .launch import MAX_GRID, arch, ceil_div, on_device
 from .masks import head_of, key_blocks, masks_keys, real_keys
 
 LN_2: tl.constexpr = tl.constexpr(math.log(2))
@@ -62,8 +63,8 @@ class Shares(NamedTuple):
 
 
 @triton.jit
-def _fold(call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED: tl.constexpr):
-    """Fold one tile of scores and its values into the running softmax: (acc, row_max, row_sum).
+def _fold(call, head, scores, acc, row_max, row_sum, offs_m, n0, threshold, FUSED: tl.constexpr):
+    """Fold one tile of scores into the running softmax: (weights, acc rescaled, row_max, row_sum).
 
     FUSED tiles hold bare products, and row_max then is an exponent of 2: one multiply-add a score.
     """
@@ -81,71 +82,91 @@ def _fold(call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, F
     row_sum = row_sum * rescale + tl.sum(p, 1)
     if call.seed_ptr is not None:
         p = tl.where(keep_tile(call, head, threshold, offs_m, n0, p.shape[1]), p, 0.0)
-    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
-    return acc, largest, row_sum
+    return p, acc * rescale[:, None], largest, row_sum
+
+
+@triton.jit
+def _load_block(call, b, h, descriptor, first, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Rows first .. first + BLOCK - 1 of a head, [BLOCK, BLOCK_W] with zeros past the tensor's ends."""
+    if call.starts_q_ptr is not None:
+        b = b * 0
+    return descriptor.load([b.to(tl.int32), h.to(tl.int32), first, 0]).reshape([BLOCK, BLOCK_W])
 
 
 @triton.jit
 def _edge_blocks(
-    call, head, q, acc, row_max, row_sum, offs_m, begin, end, threshold, FUSED: tl.constexpr, ALIGN: tl.constexpr,
-    D: tl.constexpr, D_v: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    call, head, descriptors, q, acc, row_max, row_sum, offs_m, begin, end, threshold,
+    FUSED: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D_v: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Blocks of keys in which some may be hidden."""
+    # What lies past a tensor's end comes as zeros; other keys that are not real must be made so.
+    BY_DESCRIPTOR: tl.constexpr = (
+        descriptors is not None and call.lengths_ptr is None and call.starts_k_ptr is None
+    )
     key, value = key_at(call.key, head, ALIGN), key_at(call.value, head, ALIGN)
-    for n0 in range(begin, end, BLOCK_N):
+    for n0 in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         offs_n = n0 + tl.arange(0, BLOCK_N)
         real = real_keys(call, head, offs_n)
-        k = load_rows(call.key, key, n0, real, D, BLOCK_N, BLOCK_D, ALIGN)
+        if BY_DESCRIPTOR:
+            k = _load_block(call, head.b, head.h_kv, descriptors[1], n0, BLOCK_N, BLOCK_D)
+        else:
+            k = load_rows(call.key, key, n0, real, D, BLOCK_N, BLOCK_D, ALIGN)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = score_tile(call, head, products, offs_m[:, None], offs_n[None, :])
         scores = hide(call, head, scores, offs_m[:, None], offs_n[None, :], real[None, :])
-        v = load_rows(call.value, value, n0, real, D_v, BLOCK_N, BLOCK_DV, ALIGN)
-        acc, row_max, row_sum = _fold(
-            call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
+        p, acc, row_max, row_sum = _fold(
+            call, head, scores, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
         )
+        if BY_DESCRIPTOR:
+            v = _load_block(call, head.b, head.h_kv, descriptors[2], n0, BLOCK_N, BLOCK_DV)
+        else:
+            v = load_rows(call.value, value, n0, real, D_v, BLOCK_N, BLOCK_DV, ALIGN)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     return acc, row_max, row_sum
 
 
 @triton.jit
 def _full_blocks(
-    call, head, q, acc, row_max, row_sum, offs_m, begin, end, threshold, FUSED: tl.constexpr, ALIGN: tl.constexpr,
-    D: tl.constexpr, D_v: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    AHEAD: tl.constexpr,
+    call, head, descriptors, q, acc, row_max, row_sum, offs_m, begin, end, threshold,
+    FUSED: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D_v: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of keys that every query of the tile sees. AHEAD: a block's products are issued before the
-    softmax of the block before, so that tensor cores work while the exponentials are computed."""
+    """Blocks of keys that every query of the tile sees. With descriptors a block's products are issued
+    before the softmax of the block before, so that tensor cores work while exponentials are computed."""
     key, value = key_at(call.key, head, ALIGN), key_at(call.value, head, ALIGN)
-    if AHEAD:
-        if begin < end:
-            k = load_rows(call.key, key, begin, None, D, BLOCK_N, BLOCK_D, ALIGN)
-            products = tl.dot(q, tl.trans(k), input_precision="ieee")
-            for n0 in range(begin, end - BLOCK_N, BLOCK_N):
-                offs_n = n0 + tl.arange(0, BLOCK_N)
-                k = load_rows(call.key, key, n0 + BLOCK_N, None, D, BLOCK_N, BLOCK_D, ALIGN)
-                following = tl.dot(q, tl.trans(k), input_precision="ieee")
-                v = load_rows(call.value, value, n0, None, D_v, BLOCK_N, BLOCK_DV, ALIGN)
-                scores = score_tile(call, head, products, offs_m[:, None], offs_n[None, :])
-                acc, row_max, row_sum = _fold(
-                    call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
-                )
-                products = following
-            n0 = end - BLOCK_N
-            offs_n = n0 + tl.arange(0, BLOCK_N)
-            v = load_rows(call.value, value, n0, None, D_v, BLOCK_N, BLOCK_DV, ALIGN)
-            scores = score_tile(call, head, products, offs_m[:, None], offs_n[None, :])
-            acc, row_max, row_sum = _fold(
-                call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
-            )
-    else:
+    if descriptors is None:
         for n0 in range(begin, end, BLOCK_N):
             offs_n = n0 + tl.arange(0, BLOCK_N)
             k = load_rows(call.key, key, n0, None, D, BLOCK_N, BLOCK_D, ALIGN)
             products = tl.dot(q, tl.trans(k), input_precision="ieee")
             scores = score_tile(call, head, products, offs_m[:, None], offs_n[None, :])
-            v = load_rows(call.value, value, n0, None, D_v, BLOCK_N, BLOCK_DV, ALIGN)
-            acc, row_max, row_sum = _fold(
-                call, head, scores, v, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
+            p, acc, row_max, row_sum = _fold(
+                call, head, scores, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
             )
+            v = load_rows(call.value, value, n0, None, D_v, BLOCK_N, BLOCK_DV, ALIGN)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    elif begin < end:
+        first = head.first_key.to(tl.int32)
+        k = _load_block(call, head.b, head.h_kv, descriptors[1], first + begin, BLOCK_N, BLOCK_D)
+        products = tl.dot(q, tl.trans(k))
+        for n0 in range(begin, end - BLOCK_N, BLOCK_N):
+            k = _load_block(call, head.b, head.h_kv, descriptors[1], first + n0 + BLOCK_N, BLOCK_N, BLOCK_D)
+            following = tl.dot(q, tl.trans(k))
+            scores = score_tile(call, head, products, offs_m[:, None], (n0 + tl.arange(0, BLOCK_N))[None, :])
+            p, acc, row_max, row_sum = _fold(
+                call, head, scores, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
+            )
+            v = _load_block(call, head.b, head.h_kv, descriptors[2], first + n0, BLOCK_N, BLOCK_DV)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+            products = following
+        n0 = end - BLOCK_N
+        scores = score_tile(call, head, products, offs_m[:, None], (n0 + tl.arange(0, BLOCK_N))[None, :])
+        p, acc, row_max, row_sum = _fold(
+            call, head, scores, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
+        )
+        v = _load_block(call, head.b, head.h_kv, descriptors[2], first + n0, BLOCK_N, BLOCK_DV)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     return acc, row_max, row_sum
 
 
@@ -182,7 +203,7 @@ def _finish_rows(call, head, out, stats, acc, row_max, row_sum, m0, D_v: tl.cons
     store_rows(out, query_at(out, head, 1), m0, in_rows, acc, D_v, 1)
 
 
-_sized = triton.jit(do_not_specialize=[*SIZES, "tiles", "splits"])
+_sized = triton.jit(do_not_specialize=[*SIZES, "first_b", "tiles", "splits"])
 
 
 @_sized
@@ -190,29 +211,34 @@ def _attention_fwd_kernel(
     call,  # attention_call.Tensors
     out,  # Rows: [B, H, M, D_v]
     stats,  # RowStats
+    descriptors,  # None or those of (query, key, value)
     shares,  # None or Shares: then out and stats are left to _combine_kernel
-    M, N, H, H_kv, left, right, lower_right, threshold, tiles, splits,
+    M, N, H, H_kv, left, right, lower_right, threshold, first_b, tiles, splits,
     QUERY_SIGN: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D_v: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head a program, or its share of their keys; writes out, lse and statistics.
 
-    Programs run through the splits of a tile, the tiles of a head, then the heads.
+    Programs are (tile of a split, head, batch element from first_b on).
     """
     FUSED: tl.constexpr = is_fused(call)
-    split, tile = tl.program_id(0) % splits, tl.program_id(0) // splits
-    stream, tile = tile // tiles, tile % tiles
+    split, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     if right is not None:
         tile = tiles - 1 - tile  # the longest rows first, so that none is left over at the end
-    head = head_of(call, stream // H, stream % H, M, N, H, H_kv, left, right, lower_right)
+    b, h = first_b + tl.program_id(2), tl.program_id(1)
+    head = head_of(call, b, h, M, N, H, H_kv, left, right, lower_right)
     m0 = tile * BLOCK_M
     if m0 >= head.M:
         return
     offs_m = m0 + tl.arange(0, BLOCK_M)
     in_rows = offs_m < head.M
-    query = query_at(call.query, head, ALIGN)
-    q = load_rows(call.query, query, m0, in_rows, D, BLOCK_M, BLOCK_D, ALIGN)
+    if descriptors is None:
+        query = query_at(call.query, head, ALIGN)
+        q = load_rows(call.query, query, m0, offs_m < head.M, D, BLOCK_M, BLOCK_D, ALIGN)
+    else:  # rows past the last are of another sequence, or zeros
+        first = head.first_query.to(tl.int32) + m0
+        q = _load_block(call, head.b, head.h, descriptors[0], first, BLOCK_M, BLOCK_D)
     q = signed_query(q, QUERY_SIGN)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -226,22 +252,22 @@ def _attention_fwd_kernel(
         full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
     if masks_keys(call):
         acc, row_max, row_sum = _edge_blocks(
-            call, head, q, acc, row_max, row_sum, offs_m, begin, end, threshold, FUSED, ALIGN,
-            D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV,
+            call, head, descriptors, q, acc, row_max, row_sum, offs_m, begin, end, threshold, FUSED, ALIGN,
+            D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES,
         )  # fmt: skip
     else:
         if left is not None:
             acc, row_max, row_sum = _edge_blocks(
-                call, head, q, acc, row_max, row_sum, offs_m, begin, full_begin, threshold, FUSED, ALIGN,
-                D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV,
+                call, head, descriptors, q, acc, row_max, row_sum, offs_m, begin, full_begin, threshold,
+                FUSED, ALIGN, D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV, EDGE_STAGES,
             )  # fmt: skip
         acc, row_max, row_sum = _full_blocks(
-            call, head, q, acc, row_max, row_sum, offs_m, full_begin, full_end, threshold, FUSED, ALIGN,
-            D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV, AHEAD,
+            call, head, descriptors, q, acc, row_max, row_sum, offs_m, full_begin, full_end, threshold,
+            FUSED, ALIGN, D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         acc, row_max, row_sum = _edge_blocks(
-            call, head, q, acc, row_max, row_sum, offs_m, full_end, end, threshold, FUSED, ALIGN,
-            D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV,
+            call, head, descriptors, q, acc, row_max, row_sum, offs_m, full_end, end, threshold,
+            FUSED, ALIGN, D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV, EDGE_STAGES,
         )  # fmt: skip
     if FUSED:
         row_max, row_sum = _in_logits(row_max, row_sum, LN_2)
@@ -261,13 +287,13 @@ def _attention_fwd_kernel(
 @_sized
 def _combine_kernel(
     call, out, stats, shares,
-    M, N, H, H_kv, left, right, lower_right, threshold, tiles, splits,
+    M, N, H, H_kv, left, right, lower_right, threshold, first_b, splits,
     D_v: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Second stage of a split call: BLOCK_M queries of one head a program, its shares always in one order."""
-    stream, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    head = head_of(call, stream // H, stream % H, M, N, H, H_kv, left, right, lower_right)
-    m0 = tile * BLOCK_M
+    b, h = first_b + tl.program_id(2), tl.program_id(1)
+    head = head_of(call, b, h, M, N, H, H_kv, left, right, lower_right)
+    m0 = tl.program_id(0) * BLOCK_M
     offs_m = m0 + tl.arange(0, BLOCK_M)
     in_rows = offs_m < head.M
     columns = tl.arange(0, BLOCK_DV)
@@ -318,8 +344,31 @@ def attention_fwd(
     return out, lse, row_max, row_sum
 
 
+def _config(call: AttentionCall, target: str) -> AttentionFwdConfig:
+    width = max(call.flags["BLOCK_D"], call.flags["BLOCK_DV"])
+    config = attention_fwd_config(target, call.dtype.itemsize, width, call.is_plain, call.M)
+    if config.ahead and not all(_fits_descriptor(rows) for rows in call.tensors[:3]):
+        config = attention_fwd_config(target, call.dtype.itemsize, width, False, call.M)
+    return config
+
+
+def _fits_descriptor(rows: Rows) -> bool:
+    """Whether the copy engine can read a tensor: everything in it begins at a multiple of 16 bytes."""
+    tensor = rows.ptr
+    step = 16 // tensor.element_size()
+    sizes = (1, *tensor.shape[1::-1]) if tensor.dim() == 3 else tensor.shape[:3]
+    return (
+        tensor.data_ptr() % 16 == 0
+        and 0 not in tensor.shape
+        and all(
+            size == 1 or (stride > 0 and stride % step == 0)
+            for size, stride in zip(sizes, rows[1:4], strict=True)
+        )
+    )
+
+
 def _launch(call: AttentionCall, out: Rows, stats: RowStats, target: str) -> None:
-    config = attention_fwd_config(target, call.dtype.itemsize, call.D, call.D_v, call.is_plain, call.M)
+    config = _config(call, target)
     tiles = ceil_div(call.M, config.block_m)
     programs = call.B * call.H * tiles
     splits = config.splits(programs, _visible_keys(call))
@@ -328,37 +377,62 @@ def _launch(call: AttentionCall, out: Rows, stats: RowStats, target: str) -> Non
         total = stats.lse_ptr.numel()
         new = stats.lse_ptr.new_empty
         shares = Shares(new(splits, total, call.D_v), new(splits, total), new(splits, total), total)
-    _attention_fwd_kernel[(programs * splits,)](
-        call.tensors,
-        out,
-        stats,
-        shares,
-        *call.sizes,
-        tiles,
-        splits,
-        **call.flags,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        AHEAD=config.ahead,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,
-    )
-    if shares is not None:
-        _combine_kernel[(programs,)](
+    descriptors = _descriptors(call, config) if config.ahead else None
+    for first_b in range(0, call.B, MAX_GRID):
+        batch = min(call.B - first_b, MAX_GRID)
+        _attention_fwd_kernel[(tiles * splits, call.H, batch)](
             call.tensors,
             out,
             stats,
+            descriptors,
             shares,
             *call.sizes,
+            first_b,
             tiles,
             splits,
-            D_v=call.D_v,
-            BLOCK_DV=call.flags["BLOCK_DV"],
+            **call.flags,
             BLOCK_M=config.block_m,
-            num_warps=4,
+            BLOCK_N=config.block_n,
+            STAGES=config.num_stages,
+            EDGE_STAGES=config.edge_stages,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
             enable_fp_fusion=True,
         )
+        if shares is not None:
+            _combine_kernel[(tiles, call.H, batch)](
+                call.tensors,
+                out,
+                stats,
+                shares,
+                *call.sizes,
+                first_b,
+                splits,
+                D_v=call.D_v,
+                BLOCK_DV=call.flags["BLOCK_DV"],
+                BLOCK_M=config.block_m,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
+
+
+def _descriptors(call: AttentionCall, config: AttentionFwdConfig) -> tuple[TensorDescriptor, ...]:
+    """What the copy engine needs to know of query, key and value: [B, H, M, D], packed [1, H, total, D]."""
+    width, value_width = (call.D, call.flags["BLOCK_D"]), (call.D_v, call.flags["BLOCK_DV"])
+    return (
+        _descriptor(call.tensors.query, call.H, *width, config.block_m),
+        _descriptor(call.tensors.key, call.H_kv, *width, config.block_n),
+        _descriptor(call.tensors.value, call.H_kv, *value_width, config.block_n),
+    )
+
+
+def _descriptor(rows: Rows, heads: int, width: int, block_width: int, block: int) -> TensorDescriptor:
+    tensor = rows.ptr
+    packed = tensor.dim() == 3
+    shape = [1 if packed else tensor.shape[0], heads, tensor.shape[0 if packed else 2], width]
+    # The strides of dimensions of one element may be anything, but not to the copy engine.
+    row = [stride if size > 1 else block_width for size, stride in zip(shape, rows[1:4], strict=False)]
+    return TensorDescriptor(tensor, shape, [*row, 1], [1, 1, block, block_width])
 
 
 def _visible_keys(call: AttentionCall) -> int:

@@ -61,7 +61,7 @@ def store_rows(rows, at, start, real, values, WIDTH: tl.constexpr, ALIGN: tl.con
     """Round a float32 tile [BLOCK, BLOCK_W] to the dtype of `rows` and write it where `real`."""
     pointers = _row_pointers(rows, at, start, values.shape[0], values.shape[1], ALIGN)
     mask = real[:, None]
-    if WIDTH != values.shape[1]:
+    if values.shape[1] != WIDTH:
         mask = mask & (tl.arange(0, values.shape[1]) < WIDTH)[None, :]
     tl.store(pointers, values.to(rows.ptr.dtype.element_ty), mask=mask)
 

@@ -108,7 +108,8 @@ class AttentionFwdConfig(NamedTuple):
     block_n: int  # keys of a block
     num_warps: int
     num_stages: int
-    ahead: bool  # issue the next block's products before the softmax of this one
+    edge_stages: int  # stages of the loops over blocks in which some keys are hidden
+    ahead: bool  # by descriptors, a block's products issued before the softmax of the block before
 
     def splits(self, programs: int, keys: int) -> int:
         """Over how many programs the keys of a tile are divided: enough to fill a GPU, none without work."""
@@ -121,12 +122,55 @@ _FILL = 264
 _LEAST_BLOCKS = 4
 _MOST_SPLITS = 64
 
+# {target: {width, of heads padded to a power of two: tile}}, for 16-bit calls in which nothing but a scale
+# lies between product and weight, and hidden keys lie in ranges.
+_PLAIN = {
+    "sm_80": {
+        # 2 stages: 32 KB let several programs share a multiprocessor. 4 warps read K and V half as often
+        # from shared memory as 8 do.
+        64: AttentionFwdConfig(128, 64, 4, 2, 1, False),
+        # 8 warps: with 4, 200 bytes are spilled, and 128 keys spill 40.
+        128: AttentionFwdConfig(128, 64, 8, 2, 2, False),
+        256: AttentionFwdConfig(64, 32, 8, 2, 2, False),
+    },
+    "sm_90": {
+        # 128 keys a block: with 64 issuing products ahead gains nothing.
+        64: AttentionFwdConfig(128, 128, 8, 2, 1, True),
+        128: AttentionFwdConfig(128, 128, 8, 2, 1, True),
+        256: AttentionFwdConfig(128, 64, 8, 2, 2, False),
+    },
+}
+# The same for calls with more in a score's way, whose tiles need registers for it, and for float32, whose
+# products take no tensor cores.
+_MORE = {
+    64: AttentionFwdConfig(64, 64, 4, 2, 2, False),
+    128: AttentionFwdConfig(64, 64, 8, 2, 2, False),
+    256: AttentionFwdConfig(64, 32, 8, 2, 2, False),
+}
+_FLOAT32 = {
+    64: AttentionFwdConfig(64, 32, 4, 2, 2, False),
+    128: AttentionFwdConfig(32, 32, 4, 2, 2, False),
+    256: AttentionFwdConfig(32, 32, 8, 1, 1, False),
+}
+_FEW_QUERIES = 16
+
 
 @functools.cache
-def attention_fwd_config(
-    target: str, itemsize: int, D: int, D_v: int, plain: bool, M: int
-) -> AttentionFwdConfig:
-    return AttentionFwdConfig(64, 32, 4, 2, False)
+def attention_fwd_config(target: str, itemsize: int, width: int, plain: bool, M: int) -> AttentionFwdConfig:
+    """The tile for heads of `width` columns, the larger of BLOCK_D and BLOCK_DV, and M queries.
+
+    target is "sm_90", "gfx942", ...; plain says that products become weights by their scale alone.
+    """
+    width = max(width, 64)
+    if itemsize == 4:
+        config = _FLOAT32[width]
+    elif plain:
+        config = _PLAIN.get(target, _PLAIN["sm_80"])[width]
+    else:
+        config = _MORE[width]
+    if M <= _FEW_QUERIES:
+        return config._replace(block_m=16, num_warps=4, ahead=False)
+    return config
 
 
 class AttentionBwdConfig(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 import triton
 
 TARGET = "hip" if torch.version.hip else "cuda"
+MAX_GRID = 65535  # programs in the second and third dimension of a grid
 
 _STRIDES = ["stride_x", "stride_r", "stride_g", "stride_gs", "stride_s"]
 # One compilation serves every shape of a tile width: ALIGN says all that is worth knowing of a size.

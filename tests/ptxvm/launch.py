@@ -223,10 +223,16 @@ def load(ptx_text):
     return Module(ptx_text)
 
 
-def _unfolded(kind, arg):
-    """The runtime values of one Triton argument: a tuple lies unfolded among the kernel's parameters."""
+def _unfolded(kind, arg, boxes):
+    """The runtime values of one Triton argument: a tuple lies unfolded among the kernel's parameters, and
+    of a host's tensor descriptor there is the map, as `boxes` says that it was compiled, shape and strides."""
     if isinstance(kind, tuple):
-        return [value for pair in zip(kind, arg, strict=True) for value in _unfolded(*pair)]
+        return [value for pair in zip(kind, arg, strict=True) for value in _unfolded(*pair, boxes)]
+    if kind.startswith("tensordesc"):
+        box = next(boxes)
+        tensor = arg.base.as_strided(arg.shape, arg.strides)
+        map = TensorMap(tensor, box["block_size"], tensormap.SWIZZLES[box["swizzle"]])
+        return [map, *arg.shape, *arg.strides]
     return [] if kind == "constexpr" else [arg]
 
 
@@ -246,7 +252,8 @@ class TritonKernel:
             raise PtxError(
                 f"{self.kernel.name}: runtime arguments are {self.runtime_args}, mismatch: {missing}"
             )
-        values = [value for n in self.runtime_args for value in _unfolded(self.signature[n], args[n])]
+        boxes = iter(getattr(self.meta, "tensordesc_meta", None) or ())
+        values = [value for n in self.runtime_args for value in _unfolded(self.signature[n], args[n], boxes)]
         grid3 = tuple(grid) + (1,) * (3 - len(grid)) if isinstance(grid, (tuple, list)) else (grid, 1, 1)
         blocks = int(np.prod(grid3))
         hidden = len(self.kernel.params) - len(values)  # global scratch, profile scratch
