@@ -93,7 +93,7 @@ def _key_gradients_kernel(
             call, scores, head, n0, blocks, dk, dv, threshold, True,
             QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        if not masks_keys(call):
+        if not masks_keys(call):  # noqa: SIM102 (only this one is known when a kernel is compiled)
             if blocks.full_begin < blocks.full_end:  # else its keys may lie past the last
                 dk, dv = _add_key_gradients(
                     call, scores, head, n0, blocks, dk, dv, threshold, False,
@@ -274,4 +274,4 @@ def _relative_bias_gradient(
 def _config(call: AttentionCall) -> tuple[AttentionBwdConfig, AttentionBwdConfig]:
     """For the gradients of keys, and for those of queries."""
     device = call.tensors.query.ptr.device
-    return attention_bwd_config(arch(device), call.dtype.itemsize, max(call.D, call.D_v), call.is_plain)
+    return attention_bwd_config(arch(device), call.dtype.itemsize, call.widest, call.is_plain)

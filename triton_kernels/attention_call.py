@@ -87,6 +87,11 @@ class AttentionCall(NamedTuple):
     dtype: torch.dtype
 
     @property
+    def widest(self) -> int:
+        """The padded width of the heads by which tiles are chosen."""
+        return max(self.flags["BLOCK_D"], self.flags["BLOCK_DV"])
+
+    @property
     def is_plain(self) -> bool:
         """Whether a product becomes a weight by its scale alone, and hidden keys lie in whole blocks."""
         t = self.tensors

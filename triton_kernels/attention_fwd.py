@@ -345,7 +345,7 @@ def attention_fwd(
 
 
 def _config(call: AttentionCall, target: str) -> AttentionFwdConfig:
-    width = max(call.flags["BLOCK_D"], call.flags["BLOCK_DV"])
+    width = call.widest
     config = attention_fwd_config(target, call.dtype.itemsize, width, call.is_plain, call.M)
     if config.ahead and not all(_fits_descriptor(rows) for rows in call.tensors[:3]):
         config = attention_fwd_config(target, call.dtype.itemsize, width, False, call.M)

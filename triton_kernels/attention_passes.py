@@ -48,7 +48,7 @@ class ScorePass(NamedTuple):
 
 
 class RowTerms(NamedTuple):
-    """Of queries, along the tile's dimension: what `weights` and `gradient_tile` take off and multiply with."""
+    """What `weights` and `gradient_tile` take off and multiply with, along the dimension of queries."""
 
     shift: Any
     factor: Any
@@ -106,8 +106,8 @@ def _load_terms(ptr, at, in_rows, other, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def load_queries(
-    call, scores, head, m0, EDGE: tl.constexpr, QUERY_SIGN: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr,
-    D_v: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    call, scores, head, m0, EDGE: tl.constexpr, QUERY_SIGN: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, D_v: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """Rows past the last come as zeros, with weights of 0 and no gradient; without EDGE there are none."""

@@ -1,5 +1,5 @@
-"""What a row gives by itself before the passes over tiles: the constants of its weights, delta, and the gradients
-of the sink and of a bias of one column.
+"""What a row gives by itself, before the passes over tiles: the constants of its weights, delta, and the
+gradients of the sink and of a bias of one column.
 
     delta_i = grad_out_i . out_i = sum_j w_ij dw_ij
 
@@ -210,7 +210,7 @@ def _values(scores: ScorePass, row_max: torch.Tensor, row_sum: torch.Tensor) -> 
 
 
 def _key(call: AttentionCall) -> tuple[str, int, int]:
-    return arch(call.tensors.query.ptr.device), call.dtype.itemsize, max(call.D, call.D_v)
+    return arch(call.tensors.query.ptr.device), call.dtype.itemsize, call.widest
 
 
 def _launch(

@@ -166,8 +166,7 @@ def _run_sum(
 
 
 def _config(call: AttentionCall) -> SumConfig:
-    tensors = call.tensors
-    return attention_sum_config(arch(tensors.query.ptr.device), call.dtype.itemsize, max(call.D, call.D_v))
+    return attention_sum_config(arch(call.tensors.query.ptr.device), call.dtype.itemsize, call.widest)
 
 
 def sum_bias(

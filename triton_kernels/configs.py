@@ -180,12 +180,44 @@ class AttentionBwdConfig(NamedTuple):
     num_stages: int
 
 
+# As _PLAIN, _MORE and _FLOAT32, for the gradients of keys and for those of queries.
+_PLAIN_BWD = {
+    "sm_80": {
+        # 8 warps: with 4, a tile of 64 keys spills 64 bytes; 128 keys read Q and grad_out half as often.
+        64: (AttentionBwdConfig(64, 128, 8, 2), AttentionBwdConfig(128, 64, 8, 2)),
+        # 128 keys spill 800 bytes; 64 keys of queries leave no second stage.
+        128: (AttentionBwdConfig(64, 64, 8, 2), AttentionBwdConfig(128, 32, 8, 2)),
+        256: (AttentionBwdConfig(32, 32, 8, 1), AttentionBwdConfig(32, 64, 8, 1)),
+    },
+    "sm_90": {
+        64: (AttentionBwdConfig(64, 128, 8, 2), AttentionBwdConfig(128, 64, 8, 2)),
+        # One stage: two spill 24 bytes, and 128 keys 330.
+        128: (AttentionBwdConfig(64, 64, 8, 1), AttentionBwdConfig(128, 64, 8, 2)),
+        256: (AttentionBwdConfig(32, 32, 8, 1), AttentionBwdConfig(32, 64, 8, 1)),
+    },
+}
+_MORE_BWD = {
+    64: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 64, 4, 1)),
+    128: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 32, 4, 1)),
+    256: (AttentionBwdConfig(32, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 1)),
+}
+# 4 warps spill a kilobyte.
+_FLOAT32_BWD = {
+    64: (AttentionBwdConfig(32, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 1)),
+    128: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 1)),
+    256: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 1)),
+}
+
+
 @functools.cache
 def attention_bwd_config(
     target: str, itemsize: int, width: int, plain: bool
 ) -> tuple[AttentionBwdConfig, AttentionBwdConfig]:
-    """Tiles of the gradients of keys, and of those of queries; width is the larger of D and D_v."""
-    return AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 32, 4, 1)
+    """Tiles of the gradients of keys, and of those of queries; arguments as of attention_fwd_config."""
+    width = max(width, 64)
+    if itemsize == 4:
+        return _FLOAT32_BWD[width]
+    return _PLAIN_BWD.get(target, _PLAIN_BWD["sm_80"])[width] if plain else _MORE_BWD[width]
 
 
 class SumConfig(NamedTuple):
@@ -195,5 +227,5 @@ class SumConfig(NamedTuple):
 
 @functools.cache
 def attention_sum_config(target: str, itemsize: int, width: int) -> SumConfig:
-    """Tiles of the returned weights and of the sums of biases."""
-    return SumConfig(32, 4)
+    """Tiles of the returned weights, of the sums of biases, and of delta; arguments as above."""
+    return SumConfig(32, 8 if itemsize == 4 or width > 128 else 4)

@@ -96,7 +96,8 @@ def test_keys_hidden_from_every_query_change_no_bit(poison):
     clean = outputs_and_gradients(fastformer.attention, **inputs, **how)
     poisoned = dict(inputs)
     poisoned["key"], poisoned["value"] = (
-        t.requires_grad_() for t in poison_keys(inputs["key"].detach(), inputs["value"].detach(), real, poison)
+        t.requires_grad_()
+        for t in poison_keys(inputs["key"].detach(), inputs["value"].detach(), real, poison)
     )
     assert_same_bits(clean, outputs_and_gradients(fastformer.attention, **poisoned, **how))
 
