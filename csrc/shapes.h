@@ -146,14 +146,17 @@ struct AttentionBwd {
   HeadRows out;
   HeadRows grad_query, grad_key, grad_value;
   // Null where not wanted. Sums that cross work items come as shares, which are added in order afterwards.
-  ScoreMatrix grad_bias;        // of a bias that is not broadcast; zeroed before
+  ScoreMatrix grad_bias;        // zeroed before; added to, in float32, where one item takes several heads
   RowStats grad_rows;           // sum_j dscore_ij
   float* sink_shares;           // [B, H]
   float* relative_bias_shares;  // [B, H, chunks, M + N - 1]
   float* query_shares;          // [chunks, elements of query]; null where chunks is 1
   int64_t query_elements;
-  // A work item is (b * H_kv + h_kv) * chunks + chunk: chunk_keys keys of one key head.
+  // A work item is (batch group * head groups + head group) * chunks + chunk: chunk_keys keys of group_B
+  // batch elements and group_H key heads, one after another: 1, or all of those that share a slice of the
+  // bias.
   int64_t chunk_keys, chunks;
+  int64_t group_B, group_H;
 };
 
 // target = factor times the sum of the weights, or of the gradient of the scores, over the dimensions in

@@ -4,7 +4,8 @@
 //
 // A work item is a chunk of one key head's keys with every query head that reads it, so that nothing that two
 // workers write has one address. dQ of several chunks comes as shares, which are added in their order: how
-// many there are depends on shapes alone, so bits do not depend on the threads.
+// many there are depends on shapes alone, so bits do not depend on the threads. Heads that share a slice of a
+// bias may make up one item, which adds their gradients to it in the order of attention_score_sum.
 //
 // (Dao, "FlashAttention-2", 2023; delta is its D.)
 #pragma once
@@ -147,8 +148,13 @@ class HeadBackward {
     const ScoreMatrix& bias = bwd_.grad_bias;
     if (!bias.data) return;
     const int64_t at = head_.b * bias.stride_b + head_.h * bias.stride_h + i * bias.stride_m + first_ + n;
+    const int64_t real = smaller(count, count_ - n);
+    if (bwd_.group_B * bwd_.group_H > 1) {
+      add_elements(grads, 1, 1.0f, (float*)bias.data + at, real);
+      return;
+    }
     with_type(bias.dtype, [&](auto type) {
-      write_gradient(grads, 0, 1, smaller(count, count_ - n), 1.0f, (decltype(type)*)bias.data + at, 0);
+      write_gradient(grads, 0, 1, real, 1.0f, (decltype(type)*)bias.data + at, 0);
     });
   }
 
@@ -205,10 +211,15 @@ static void attention_bwd(const AttentionBwd& bwd, WorkQueue& queue) {
   Parts parts{scratch.data()};
   const BackwardBuffers buffers(bwd, parts);
   for (int64_t item = take(queue); item < queue.count; item = take(queue)) {
-    const int64_t head = item / bwd.chunks;
-    with_type(call.dtype, [&](auto type) {
-      backward_item<decltype(type)>(bwd, buffers, head / call.H_kv, head % call.H_kv, item % bwd.chunks);
-    });
+    const int64_t group = item / bwd.chunks, head_groups = call.H_kv / bwd.group_H;
+    const int64_t first_b = group / head_groups * bwd.group_B, first_h = group % head_groups * bwd.group_H;
+    for (int64_t b = first_b; b < first_b + bwd.group_B; ++b) {
+      for (int64_t h_kv = first_h; h_kv < first_h + bwd.group_H; ++h_kv) {
+        with_type(call.dtype, [&](auto type) {
+          backward_item<decltype(type)>(bwd, buffers, b, h_kv, item % bwd.chunks);
+        });
+      }
+    }
   }
 }
 

@@ -24,6 +24,7 @@ void divide_work(AttentionBwd& bwd) {
   const int64_t chunks = std::min(ceil_divide(kWantedItems, heads), possible);
   bwd.chunk_keys = std::max<int64_t>(ceil_divide(ceil_divide(call.N, chunks), block), 1) * block;
   bwd.chunks = std::max<int64_t>(ceil_divide(call.N, bwd.chunk_keys), 1);
+  bwd.group_B = bwd.group_H = 1;
 }
 
 Tensor empty_as(const Tensor& tensor) { return empty(sizes_of(tensor), dtype_of(tensor)); }
@@ -58,6 +59,14 @@ int64_t size_from_end(const Tensor& tensor, int64_t from_end) {
   return tensor.dim() < from_end ? 1 : tensor.size(tensor.dim() - from_end);
 }
 
+// Float32 `wide`, in the shape and dtype of the bias.
+Tensor as_bias(const Tensor& wide, const Tensor& bias) {
+  Tensor grad = empty_as(bias);
+  kernels().attention.sum_shares(static_cast<const float*>(wide.const_data_ptr()), 1, 0, 1.0f, dtype_of(bias),
+                                 grad.mutable_data_ptr(), 0, bias.numel());
+  return grad;
+}
+
 // grad[b, h, m, 0] = rows[b, h, m], summed over the dimensions in which the bias has size 1.
 Tensor reduce_rows(const AttentionCall& call, const RowStats& rows, const Tensor& bias) {
   const Attention& attention = call.attention;
@@ -74,10 +83,7 @@ Tensor reduce_rows(const AttentionCall& call, const RowStats& rows, const Tensor
   }
   Tensor wide = empty({B * H * M}, DType::kFloat32);
   for (size_t e = 0; e < totals.size(); ++e) floats(wide)[e] = static_cast<float>(totals[e]);
-  Tensor grad = empty_as(bias);
-  kernels().attention.sum_shares(floats(wide), 1, 0, 1.0f, dtype_of(bias), grad.mutable_data_ptr(), 0,
-                                 B * H * M);
-  return grad;
+  return as_bias(wide, bias);
 }
 
 // The bias's gradient where it is broadcast over nothing but queries, heads or batch elements.
@@ -93,6 +99,27 @@ Tensor sum_bias(const ScorePass& pass, const Tensor& bias) {
   sum.target_M = size_from_end(bias, 2);
   run_score_sum(sum);
   return grad;
+}
+
+// Where the gradient of a 16-bit bias is added up in float32, that takes at most so many elements.
+constexpr int64_t kMostWideBias = int64_t{1} << 20;
+// Products that backward forms of a query and a key, and those that a pass for the bias forms anew.
+constexpr int64_t kBackwardProducts = 5, kBiasProducts = 2;
+
+// Has the heads that share a slice of the bias share a work item, which adds them up as they come, where that
+// takes less time on these threads than to compute their scores anew in sum_bias. Both add in one order.
+void group_heads(AttentionBwd& bwd, const Tensor& bias) {
+  const Attention& call = bwd.scores.attention;
+  if (call.B * call.H_kv == 0 || size_from_end(bias, 2) != call.M) return;
+  if (dtype_of(bias) != DType::kFloat32 && bias.numel() > kMostWideBias) return;
+  const int64_t group_B = size_from_end(bias, 4) == 1 ? call.B : 1;
+  const int64_t group_H = size_from_end(bias, 3) == 1 ? call.H_kv : 1;
+  const int64_t items = call.B * call.H_kv * bwd.chunks, members = group_B * group_H;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t together = ceil_divide(items / members, threads) * members * kBackwardProducts;
+  if (together > ceil_divide(items, threads) * (kBackwardProducts + kBiasProducts)) return;
+  bwd.group_B = group_B;
+  bwd.group_H = group_H;
 }
 
 // [rows of relative_bias, M + N - 1] from the shares of batch elements, heads and chunks.
@@ -212,11 +239,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   Tensor grad_bias = nothing(bias ? dtype_of(*bias) : attention.dtype);
   const bool wants_bias = bias.has_value() && need_bias;
   const bool by_row = wants_bias && size_from_end(*bias, 1) == 1;
-  const bool whole_bias = wants_bias && !by_row && is_whole(*bias, attention);
+  if (wants_bias && !by_row) group_heads(bwd, *bias);
+  const int64_t group = bwd.group_B * bwd.group_H;
+  const bool bias_from_items = wants_bias && !by_row && (group > 1 || is_whole(*bias, attention));
   Tensor row_gradients = by_row ? empty(sizes_of(row_max), DType::kFloat32) : nothing(DType::kFloat32);
   if (by_row) bwd.grad_rows = row_stats(row_gradients);
-  if (whole_bias) {
-    grad_bias = empty_as(*bias);
+  if (bias_from_items) {
+    grad_bias = group > 1 ? empty(sizes_of(*bias), DType::kFloat32) : empty_as(*bias);
     // An empty tensor's pointer is null, which memset must not get.
     const int64_t bytes = grad_bias.numel() * size_of(dtype_of(grad_bias));
     if (bytes > 0) std::memset(grad_bias.mutable_data_ptr(), 0, bytes);
@@ -236,8 +265,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   const AttentionKernels& kernel = kernels().attention;
   const int64_t row_products = grad_weights ? products_of_head(attention) : attention.M * attention.D_v;
   run_items(heads, row_products, [&](WorkQueue& queue) { kernel.bwd_rows(bwd, queue); });
-  const int64_t items = attention.B * attention.H_kv * bwd.chunks;
-  run_items(items, 2 * products_of_head(attention) / bwd.chunks,
+  const int64_t items = attention.B * attention.H_kv * bwd.chunks / group;
+  run_items(items, 2 * products_of_head(attention) * group / bwd.chunks,
             [&](WorkQueue& queue) { kernel.bwd(bwd, queue); });
   if (bwd.chunks > 1) {
     parallel_for(bwd.query_elements, kElementsPerThread, [&](int64_t begin, int64_t end) {
@@ -247,8 +276,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   }
   if (by_row) {
     grad_bias = reduce_rows(call, bwd.grad_rows, *bias);
-  } else if (wants_bias && !whole_bias) {
+  } else if (wants_bias && !bias_from_items) {
     grad_bias = sum_bias(pass, *bias);
+  } else if (wants_bias && dtype_of(grad_bias) != dtype_of(*bias)) {
+    grad_bias = as_bias(grad_bias, *bias);
   }
   return {grad_query,
           grad_key,

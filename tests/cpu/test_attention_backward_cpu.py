@@ -127,9 +127,19 @@ def test_sequences_packed_together_are_what_each_is_alone():
         torch.testing.assert_close(packed["out1"][:, slice(*q)], alone[1][0], rtol=0, atol=0)
 
 
-def test_bits_do_not_depend_on_threads():
-    inputs = attention_inputs(1, 4, 700, 1100, 32, H_kv=2, requires_grad=True)
-    inputs |= {"bias": floats(1, 1, 700, 1100), "relative_bias": floats(4, 1799), "sink": floats(4)}
+# The gradient of a bias comes from backward's own tiles or from a pass of its own, as the threads are many.
+@pytest.mark.parametrize(
+    ("dtype", "bias"),
+    [
+        (torch.float32, (1, 1, 700, 1100)),
+        (torch.bfloat16, (1, 4, 700, 1100)),
+        (torch.float32, (2, 1, 1, 1100)),
+    ],
+    ids=str,
+)
+def test_bits_do_not_depend_on_threads(dtype, bias):
+    inputs = attention_inputs(2, 4, 700, 1100, 32, H_kv=2, dtype=dtype, requires_grad=True)
+    inputs |= {"bias": floats(*bias, dtype=dtype), "relative_bias": floats(4, 1799), "sink": floats(4)}
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
