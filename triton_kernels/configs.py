@@ -101,3 +101,75 @@ def bwd_programs(target: str, config: NormConfig, sm_count: int) -> int:
     """How many programs share the rows of a backward pass that keeps whole rows in registers."""
     threads = config.num_warps * (64 if target == "hip" else 32)
     return sm_count * max(1, _BWD_WARPS_PER_SM * 32 // threads)
+
+
+class GemmConfig(NamedTuple):
+    block_m: int  # rows of a tile of the result
+    block_n: int  # columns
+    block_k: int  # of both operands, a step
+    num_warps: int
+    num_stages: int  # steps of operands in shared memory at a time
+    programs_per_sm: int  # that take turns at the tiles
+
+
+class SumsConfig(NamedTuple):
+    block_r: int  # rows of a tile
+    block_c: int  # columns
+    num_warps: int
+
+
+# Rows of tiles that run side by side: 8 rows of 128 read 8 tiles of a and few of b at a time.
+GEMM_GROUP = 8
+COLUMN_SUMS = SumsConfig(32, 64, 4)
+# {operand bytes: {kind of product: tiles, largest first}}
+_GEMM: dict[int, dict[str, tuple[GemmConfig, ...]]] = {
+    2: {
+        "plain": (
+            GemmConfig(128, 128, 64, 8, 3, 1),
+            GemmConfig(64, 64, 64, 4, 3, 2),
+            GemmConfig(16, 64, 64, 4, 4, 2),
+        ),
+        "hidden": (
+            GemmConfig(128, 128, 64, 8, 3, 1),
+            GemmConfig(64, 64, 64, 4, 3, 2),
+            GemmConfig(16, 64, 64, 4, 4, 2),
+        ),
+        "hidden_bwd": (
+            GemmConfig(128, 128, 64, 8, 3, 1),
+            GemmConfig(64, 64, 64, 4, 3, 2),
+            GemmConfig(16, 64, 64, 4, 4, 2),
+        ),
+        "hidden_gated": (
+            GemmConfig(128, 64, 64, 8, 3, 1),
+            GemmConfig(64, 64, 64, 4, 3, 2),
+            GemmConfig(16, 64, 64, 4, 4, 2),
+        ),
+        "hidden_bwd_gated": (
+            GemmConfig(128, 64, 64, 8, 3, 1),
+            GemmConfig(64, 64, 64, 4, 3, 2),
+            GemmConfig(16, 64, 64, 4, 4, 2),
+        ),
+    },
+    4: dict.fromkeys(
+        ("plain", "hidden", "hidden_bwd", "hidden_gated", "hidden_bwd_gated"),
+        (GemmConfig(64, 64, 16, 4, 2, 2), GemmConfig(16, 64, 16, 4, 2, 2)),
+    ),
+}
+# Steps of k below which another part costs more than it brings.
+_LEAST_DEPTH = 512
+
+
+def gemm_config(arch: str, kind: str, itemsize: int, M: int, N: int, sm_count: int) -> GemmConfig:
+    """The largest tile that gives every multiprocessor one, else the smallest that has not half its rows empty."""
+    tiles = _GEMM[itemsize][kind]
+    for config in tiles:
+        if -(-M // config.block_m) * -(-N // config.block_n) >= sm_count and 2 * M > config.block_m:
+            return config
+    return next((config for config in reversed(tiles) if config.block_m >= M), tiles[-1])
+
+
+def gemm_depth(config: GemmConfig, tiles: int, K: int, sm_count: int) -> int:
+    """How many columns of k a program sums: all K, or where tiles are few a part, whole steps."""
+    parts = max(1, min(sm_count * config.programs_per_sm // tiles, K // _LEAST_DEPTH))
+    steps = -(-K // config.block_k)
+    return max(1, -(-steps // parts)) * config.block_k

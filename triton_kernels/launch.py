@@ -42,6 +42,16 @@ def dropout_constants(dropout_p: float) -> tuple[int, float]:
 
 
 @functools.cache
+def arch(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ..."""
+    if device.type != "cuda":
+        return "sm_80"  # the interpreter, which takes any tile
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@functools.cache
 def sm_count(device: torch.device) -> int:
     # The interpreter, on CPU tensors, runs its programs one after another.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

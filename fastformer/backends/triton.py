@@ -18,7 +18,7 @@ from torch.library import Library
 
 from . import raw_ops
 
-_SERVED = ("norm_fwd", "norm_bwd")
+_SERVED = ("norm_fwd", "norm_bwd", "feed_forward_fwd", "feed_forward_bwd")
 # Grids and row numbers are 32-bit.
 _MAX_ROWS = 2**31 - 1
 _OLDEST_CAPABILITY = (8, 0)
@@ -84,6 +84,8 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
 
 norm_fwd = partial(raw_ops.norm_fwd, "triton")
 norm_bwd = partial(raw_ops.norm_bwd, "triton")
+feed_forward_fwd = partial(raw_ops.feed_forward_fwd, "triton")
+feed_forward_bwd = partial(raw_ops.feed_forward_bwd, "triton")
 
 
 def _norm_fwd_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -98,7 +100,21 @@ def _norm_bwd_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return launch(*args)
 
 
+def _feed_forward_fwd_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from ..triton_kernels.feed_forward import feed_forward_fwd as launch
+
+    return launch(*args)
+
+
+def _feed_forward_bwd_kernel(*args: Any) -> tuple[Tensor, ...]:
+    from ..triton_kernels.feed_forward_bwd import feed_forward_bwd as launch
+
+    return launch(*args)
+
+
 _library = Library("fastformer", "IMPL")
 for _key in ("CUDA", "CPU"):  # CPU: the interpreter
     _library.impl("norm_fwd_triton", _norm_fwd_kernel, _key)
     _library.impl("norm_bwd_triton", _norm_bwd_kernel, _key)
+    _library.impl("feed_forward_fwd_triton", _feed_forward_fwd_kernel, _key)
+    _library.impl("feed_forward_bwd_triton", _feed_forward_bwd_kernel, _key)

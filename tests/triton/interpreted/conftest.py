@@ -5,3 +5,7 @@ import os
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
+else:
+    from tests.triton import bfloat16_dots
+
+    bfloat16_dots.install()
