@@ -52,5 +52,6 @@ def column_sums(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     _column_sums_kernel[(ceil_div(C, config.block_c), parts)](
         matrix, out, stride, rows, C, depth,
         ALIGN=align, BLOCK_R=config.block_r, BLOCK_C=config.block_c, num_warps=config.num_warps,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return out.view(C) if parts == 1 else column_sums(out, dtype)

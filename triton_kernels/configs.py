@@ -120,6 +120,8 @@ class SumsConfig(NamedTuple):
 
 # Rows of tiles that run side by side: 8 rows of 128 read 8 tiles of a and few of b at a time.
 GEMM_GROUP = 8
+# Columns of a tile that an epilogue takes at a time.
+GEMM_SLICE = 64
 COLUMN_SUMS = SumsConfig(32, 64, 4)
 # {operand bytes: {kind of product: tiles, largest first}}
 _GEMM: dict[int, dict[str, tuple[GemmConfig, ...]]] = {
@@ -168,8 +170,7 @@ def gemm_config(arch: str, kind: str, itemsize: int, M: int, N: int, sm_count: i
     return next((config for config in reversed(tiles) if config.block_m >= M), tiles[-1])
 
 
-def gemm_depth(config: GemmConfig, tiles: int, K: int, sm_count: int) -> int:
-    """How many columns of k a program sums: all K, or where tiles are few a part, whole steps."""
+def gemm_steps(config: GemmConfig, tiles: int, K: int, sm_count: int) -> int:
+    """How many steps of k a program sums: all, or where a part of K has few tiles, an equal share."""
     parts = max(1, min(sm_count * config.programs_per_sm // tiles, K // _LEAST_DEPTH))
-    steps = -(-K // config.block_k)
-    return max(1, -(-steps // parts)) * config.block_k
+    return max(1, -(-K // (config.block_k * parts)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 
 from .activations import activate
@@ -11,6 +12,7 @@ from .gemm import (
     accumulate,
     along_columns,
     as_matrix,
+    column_slice,
     gemm,
     gemm_kernel,
     load_vector,
@@ -23,6 +25,32 @@ from .gemm import (
 )
 from .launch import arch, contiguous, dropout_constants, on_device, sm_count
 from .philox import matrix_keep
+
+
+@triton.jit
+def _finish_hidden(
+    pre, gate, b1_ptr, b_gate_ptr, seed_ptr, hidden_ptr, pre_ptr, pre_gate_ptr, m, n, M, N, threshold, scale,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """From the products of x with w1 and w_gate to results, for a tile from row m and column n on."""
+    ROWS: tl.constexpr = pre.shape[0]
+    COLUMNS: tl.constexpr = pre.shape[1]
+    cols = n + tl.arange(0, COLUMNS)
+    if b1_ptr is not None:
+        pre += load_vector(b1_ptr, cols, N)
+    if b_gate_ptr is not None:
+        gate += load_vector(b_gate_ptr, cols, N)
+    if pre_ptr is not None:
+        store_result(pre_ptr, pre, m, n, M, N, ALIGN)
+    if pre_gate_ptr is not None:
+        store_result(pre_gate_ptr, gate, m, n, M, N, ALIGN)
+    if hidden_ptr is not None:
+        hidden = activate(gate, ACTIVATION) * pre if GATED else activate(pre, ACTIVATION)
+        if seed_ptr is not None:
+            row = m + tl.arange(0, ROWS)
+            keep = matrix_keep(tl.load(seed_ptr), row, n, 0, 2, threshold, ROWS, COLUMNS)
+            hidden = tl.where(keep, hidden * scale, 0.0)
+        store_result(hidden_ptr, hidden, m, n, M, N, ALIGN)
 
 
 @gemm_kernel
@@ -39,7 +67,7 @@ def _hidden_kernel(
     stride_a, stride_b, stride_b2, M, N, K, threshold, scale,
     ACTIVATION: tl.constexpr, A_BY_K: tl.constexpr, B_BY_K: tl.constexpr, ALIGN: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """hidden = dropout(act(pre)), gated dropout(act(pre_gate) * pre), where pre = x w1^T + b1 and
     pre_gate = x w_gate^T + b_gate. M rows, N = F, K = E; programs take turns at tiles."""
@@ -51,25 +79,12 @@ def _hidden_kernel(
             pre, gate, x_ptr, w1_ptr, w_gate_ptr, stride_a, stride_b, stride_b2, m, n, M, N, 0, K,
             A_BY_K, B_BY_K, ALIGN, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        cols = n + tl.arange(0, BLOCK_N)
-        if b1_ptr is not None:
-            pre += load_vector(b1_ptr, cols, N)
-        if b_gate_ptr is not None:
-            gate += load_vector(b_gate_ptr, cols, N)
-        if pre_ptr is not None:
-            store_result(pre_ptr, pre, m, n, M, N, ALIGN)
-        if pre_gate_ptr is not None:
-            store_result(pre_gate_ptr, gate, m, n, M, N, ALIGN)
-        if hidden_ptr is not None:
-            if w_gate_ptr is not None:
-                hidden = activate(gate, ACTIVATION) * pre
-            else:
-                hidden = activate(pre, ACTIVATION)
-            if seed_ptr is not None:
-                row = m + tl.arange(0, BLOCK_M)
-                keep = matrix_keep(tl.load(seed_ptr), row, n, 0, 2, threshold, BLOCK_M, BLOCK_N)
-                hidden = tl.where(keep, hidden * scale, 0.0)
-            store_result(hidden_ptr, hidden, m, n, M, N, ALIGN)
+        for index in tl.static_range(BLOCK_N // SLICE):
+            _finish_hidden(
+                column_slice(pre, index, SLICE), column_slice(gate, index, SLICE), b1_ptr, b_gate_ptr, seed_ptr,
+                hidden_ptr, pre_ptr, pre_gate_ptr, m, n + index * SLICE, M, N, threshold, scale,
+                ACTIVATION, w_gate_ptr is not None, ALIGN,
+            )  # fmt: skip
 
 
 def hidden_rows(

@@ -25,6 +25,7 @@ from .gemm import (
     along_columns,
     along_rows,
     as_matrix,
+    column_slice,
     gemm,
     gemm_kernel,
     load_result,
@@ -40,11 +41,45 @@ from .philox import matrix_keep
 
 
 @triton.jit
-def _store_column_sums(ptr, values, m, n, M, N, BLOCK_M: tl.constexpr):
-    """Sums over a tile's rows, to row m / BLOCK_M of float32 [tiles of rows, N]."""
-    row, cols = m + tl.arange(0, BLOCK_M), n + tl.arange(0, values.shape[1])
+def _store_column_sums(ptr, values, m, n, M, N):
+    """Sums over a tile's rows, to its row of float32 [tiles of rows, N]."""
+    row, cols = m + tl.arange(0, values.shape[0]), n + tl.arange(0, values.shape[1])
     sums = tl.sum(tl.where((row < M)[:, None], values, 0.0), 0)
-    tl.store(ptr + (m // BLOCK_M).to(tl.int64) * N + cols, sums, mask=cols < N)
+    tl.store(ptr + (m // values.shape[0]).to(tl.int64) * N + cols, sums, mask=cols < N)
+
+
+@triton.jit
+def _finish_hidden_bwd(
+    dh, pre_ptr, pre_gate_ptr, seed_ptr, hidden_ptr, dpre_ptr, dgate_ptr, db1_ptr, db_gate_ptr,
+    m, n, M, N, threshold, scale, ACTIVATION: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """From grad_out w2 to results, for a tile from row m and column n on."""
+    ROWS: tl.constexpr = dh.shape[0]
+    COLUMNS: tl.constexpr = dh.shape[1]
+    if seed_ptr is not None:
+        row = m + tl.arange(0, ROWS)
+        keep = matrix_keep(tl.load(seed_ptr), row, n, 0, 2, threshold, ROWS, COLUMNS)
+        dh = tl.where(keep, dh * scale, 0.0)
+    pre = load_result(pre_ptr, m, n, M, N, ALIGN, ROWS, COLUMNS)
+    if pre_gate_ptr is not None:
+        gate = load_result(pre_gate_ptr, m, n, M, N, ALIGN, ROWS, COLUMNS)
+        opening, dgate = activate_with_gradient(gate, dh * pre, ACTIVATION)
+        hidden = opening * pre
+        dpre = opening * dh
+    else:
+        hidden, dpre = activate_with_gradient(pre, dh, ACTIVATION)
+    if hidden_ptr is not None:
+        if seed_ptr is not None:
+            hidden = tl.where(keep, hidden * scale, 0.0)
+        store_result(hidden_ptr, hidden, m, n, M, N, ALIGN)
+    if dpre_ptr is not None:
+        store_result(dpre_ptr, dpre, m, n, M, N, ALIGN)
+    if dgate_ptr is not None:
+        store_result(dgate_ptr, dgate, m, n, M, N, ALIGN)
+    if db1_ptr is not None:
+        _store_column_sums(db1_ptr, dpre, m, n, M, N)
+    if db_gate_ptr is not None:
+        _store_column_sums(db_gate_ptr, dgate, m, n, M, N)
 
 
 @gemm_kernel
@@ -62,7 +97,7 @@ def _hidden_bwd_kernel(
     stride_a, stride_b, M, N, K, threshold, scale,
     ACTIVATION: tl.constexpr, A_BY_K: tl.constexpr, B_BY_K: tl.constexpr, ALIGN: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """hd, dpre, dgate and the column sums of the last two, those whose pointers are there. M rows, N = F,
     K = E_out, or 0 where only hd is wanted; programs take turns at tiles."""
@@ -73,31 +108,11 @@ def _hidden_bwd_kernel(
             dh, 0, grad_ptr, w2_ptr, None, stride_a, stride_b, 0, m, n, M, N, 0, K,
             A_BY_K, B_BY_K, ALIGN, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        if seed_ptr is not None:
-            keep = matrix_keep(
-                tl.load(seed_ptr), m + tl.arange(0, BLOCK_M), n, 0, 2, threshold, BLOCK_M, BLOCK_N
-            )
-            dh = tl.where(keep, dh * scale, 0.0)
-        pre = load_result(pre_ptr, m, n, M, N, ALIGN, BLOCK_M, BLOCK_N)
-        if pre_gate_ptr is not None:
-            gate = load_result(pre_gate_ptr, m, n, M, N, ALIGN, BLOCK_M, BLOCK_N)
-            opening, dgate = activate_with_gradient(gate, dh * pre, ACTIVATION)
-            hidden = opening * pre
-            dpre = opening * dh
-        else:
-            hidden, dpre = activate_with_gradient(pre, dh, ACTIVATION)
-        if hidden_ptr is not None:
-            if seed_ptr is not None:
-                hidden = tl.where(keep, hidden * scale, 0.0)
-            store_result(hidden_ptr, hidden, m, n, M, N, ALIGN)
-        if dpre_ptr is not None:
-            store_result(dpre_ptr, dpre, m, n, M, N, ALIGN)
-        if dgate_ptr is not None:
-            store_result(dgate_ptr, dgate, m, n, M, N, ALIGN)
-        if db1_ptr is not None:
-            _store_column_sums(db1_ptr, dpre, m, n, M, N, BLOCK_M)
-        if db_gate_ptr is not None:
-            _store_column_sums(db_gate_ptr, dgate, m, n, M, N, BLOCK_M)
+        for index in tl.static_range(BLOCK_N // SLICE):
+            _finish_hidden_bwd(
+                column_slice(dh, index, SLICE), pre_ptr, pre_gate_ptr, seed_ptr, hidden_ptr, dpre_ptr, dgate_ptr,
+                db1_ptr, db_gate_ptr, m, n + index * SLICE, M, N, threshold, scale, ACTIVATION, ALIGN,
+            )  # fmt: skip
 
 
 class _Hidden(NamedTuple):

@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 
 from .column_sums import column_sums
-from .configs import GEMM_GROUP, GemmConfig, gemm_config, gemm_depth
+from .configs import GEMM_GROUP, GEMM_SLICE, GemmConfig, gemm_config, gemm_steps
 from .launch import arch, ceil_div, contiguous, sm_count
 from .tiles import aligned
 
 # One compilation serves every shape: ALIGN says all that is worth knowing of a size.
-_SIZES = ["M", "N", "K", "stride_a", "stride_b", "stride_a2", "stride_b2", "depth", "threshold"]
+_SIZES = ["M", "N", "K", "stride_a", "stride_b", "stride_a2", "stride_b2", "steps", "threshold"]
 gemm_kernel = triton.jit(do_not_specialize=_SIZES)
 
 
@@ -39,29 +39,30 @@ def tile_place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: 
 
 
 @triton.jit
-def _operand(ptr, stride, start, extent, k, BY_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Pointers [BLOCK, BLOCK_K] to rows start .. start + BLOCK - 1 of an operand, which of these are rows, [BLOCK],
-    and the distance to the next BLOCK_K columns. A row past the end reads the last one: no result shows it."""
+def _operand(
+    ptr, stride, start, extent, k,
+    BY_K: tl.constexpr, K_AXIS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Pointers to BLOCK rows of an operand and BLOCK_K steps of k, which lie along axis K_AXIS; which of the rows
+    there are; and the distance to the next steps. A row past the end reads the last: no result shows it."""
     offs = start + tl.arange(0, BLOCK)
     offs_k = k + tl.arange(0, BLOCK_K)
+    in_rows = tl.expand_dims(offs < extent, K_AXIS)
     if BY_K:
-        ptrs = ptr + tl.minimum(offs, extent - 1).to(tl.int64)[:, None] * stride + offs_k[None, :]
-        step = BLOCK_K
+        offs = tl.expand_dims(tl.minimum(offs, extent - 1).to(tl.int64), K_AXIS) * stride
+        return ptr + offs + tl.expand_dims(offs_k, 1 - K_AXIS), in_rows, BLOCK_K
     else:
-        ptrs = ptr + offs[:, None] + offs_k.to(tl.int64)[None, :] * stride
-        step = stride.to(tl.int64) * BLOCK_K
-    return ptrs, offs < extent, step
+        offs_k = tl.expand_dims(offs_k.to(tl.int64), 1 - K_AXIS) * stride
+        return ptr + offs_k + tl.expand_dims(offs, K_AXIS), in_rows, stride.to(tl.int64) * BLOCK_K
 
 
 @triton.jit
 def _load(ptrs, in_rows, in_k, BY_K: tl.constexpr, EVEN_K: tl.constexpr):
-    """[BLOCK, BLOCK_K] of an operand; zeros past K."""
+    """A tile of an operand; zeros past K."""
     if BY_K:
-        return tl.load(ptrs) if EVEN_K else tl.load(ptrs, mask=in_k[None, :], other=0.0)
-    elif EVEN_K:
-        return tl.load(ptrs, mask=in_rows[:, None], other=0.0)
+        return tl.load(ptrs) if EVEN_K else tl.load(ptrs, mask=in_k, other=0.0)
     else:
-        return tl.load(ptrs, mask=in_rows[:, None] & in_k[None, :], other=0.0)
+        return tl.load(ptrs, mask=in_rows if EVEN_K else in_rows & in_k, other=0.0)
 
 
 @triton.jit
@@ -75,22 +76,39 @@ def accumulate(
     N = aligned(N, ALIGN) if not B_BY_K else N
     M = aligned(M, ALIGN) if not A_BY_K else M
     K = aligned(K, ALIGN) if A_BY_K or B_BY_K else K
-    a_ptrs, in_m, a_step = _operand(a_ptr, aligned(stride_a, ALIGN), m, M, k, A_BY_K, BLOCK_M, BLOCK_K)
-    b_ptrs, in_n, b_step = _operand(b_ptr, aligned(stride_b, ALIGN), n, N, k, B_BY_K, BLOCK_N, BLOCK_K)
+    stride_b = aligned(stride_b, ALIGN)
+    a_ptrs, in_m, a_step = _operand(a_ptr, aligned(stride_a, ALIGN), m, M, k, A_BY_K, 1, BLOCK_M, BLOCK_K)
+    b_ptrs, in_n, b_step = _operand(b_ptr, stride_b, n, N, k, B_BY_K, 0, BLOCK_N, BLOCK_K)
     if b2_ptr is not None:
-        b2_ptrs, _, b2_step = _operand(b2_ptr, aligned(stride_b2, ALIGN), n, N, k, B_BY_K, BLOCK_N, BLOCK_K)
+        stride_b2 = aligned(stride_b2, ALIGN)
+        b2_ptrs, _, b2_step = _operand(b2_ptr, stride_b2, n, N, k, B_BY_K, 0, BLOCK_N, BLOCK_K)
     for start in range(k, K, BLOCK_K):
         in_k = start + tl.arange(0, BLOCK_K) < K
-        a = _load(a_ptrs, in_m, in_k, A_BY_K, EVEN_K)
-        b = _load(b_ptrs, in_n, in_k, B_BY_K, EVEN_K)
-        acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        a = _load(a_ptrs, in_m, in_k[None, :], A_BY_K, EVEN_K)  # [BLOCK_M, BLOCK_K]
+        b = _load(b_ptrs, in_n, in_k[:, None], B_BY_K, EVEN_K)  # [BLOCK_K, BLOCK_N]
+        acc = tl.dot(a, b, acc, input_precision="ieee")
         a_ptrs += a_step
         b_ptrs += b_step
         if b2_ptr is not None:
-            b2 = _load(b2_ptrs, in_n, in_k, B_BY_K, EVEN_K)
-            acc2 = tl.dot(a, b2.T, acc2, input_precision="ieee")
+            b2 = _load(b2_ptrs, in_n, in_k[:, None], B_BY_K, EVEN_K)
+            acc2 = tl.dot(a, b2, acc2, input_precision="ieee")
             b2_ptrs += b2_step
     return acc, acc2
+
+
+@triton.jit
+def column_slice(tile, INDEX: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns INDEX * WIDTH .. of a tile. An epilogue goes slice by slice: of a whole tile, what it holds besides
+    the sums does not fit the registers."""
+    if tile.shape[1] == WIDTH:
+        return tile
+    else:
+        low, high = tile.reshape([tile.shape[0], 2, tile.shape[1] // 2]).permute(0, 2, 1).split()
+        PER_HALF: tl.constexpr = tile.shape[1] // 2 // WIDTH
+        if INDEX < PER_HALF:
+            return column_slice(low, INDEX, WIDTH)
+        else:
+            return column_slice(high, INDEX - PER_HALF, WIDTH)
 
 
 @triton.jit
@@ -125,13 +143,15 @@ def _gemm_kernel(
     b2_ptr,
     bias_ptr,  # None or [N]
     out_ptr,  # [M, N]; of more than one part float32 [parts, M, N]
-    stride_a, stride_b, stride_a2, stride_b2, M, N, K, depth,
+    stride_a, stride_b, stride_a2, stride_b2, M, N, K, steps,
     A_BY_K: tl.constexpr, B_BY_K: tl.constexpr, ALIGN: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    SLICE: tl.constexpr,
 ):  # fmt: skip
-    """out = a b^T + a2 b2^T + bias. Programs take turns at the tiles of cdiv(K, depth) parts of K, each of which
-    sums `depth` columns of k, a multiple of BLOCK_K."""
+    """out = a b^T + a2 b2^T + bias. Programs take turns at the tiles of all parts of K, each of which is
+    `steps` times BLOCK_K long."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    depth = steps * BLOCK_K
     parts = tl.maximum(tl.cdiv(K, depth), 1)
     for item in range(tl.program_id(0), tiles * parts, tl.num_programs(0)):
         part = item // tiles
@@ -149,7 +169,9 @@ def _gemm_kernel(
             )  # fmt: skip
         if bias_ptr is not None:
             acc += load_vector(bias_ptr, n + tl.arange(0, BLOCK_N), N if part == 0 else 0)
-        store_result(out_ptr + part.to(tl.int64) * M * N, acc, m, n, M, N, ALIGN)
+        for index in tl.static_range(BLOCK_N // SLICE):
+            values = column_slice(acc, index, SLICE)
+            store_result(out_ptr + part.to(tl.int64) * M * N, values, m, n + index * SLICE, M, N, ALIGN)
 
 
 class Operand(NamedTuple):
@@ -207,8 +229,10 @@ def product_options(
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP": GEMM_GROUP,
+        "SLICE": min(config.block_n, GEMM_SLICE),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
     }
 
 
@@ -239,8 +263,8 @@ def gemm(
         return a.tensor.new_empty(M, N)
     config = gemm_config(arch(device), "plain", dtype.itemsize, M, N, sm_count(device))
     tiles = tile_count(config, M, N)
-    depth = gemm_depth(config, tiles, K, sm_count(device))
-    parts = max(1, ceil_div(K, depth))
+    steps = gemm_steps(config, tiles, K, sm_count(device))
+    parts = max(1, ceil_div(K, steps * config.block_k))
     out = a.tensor.new_empty((parts, M, N), dtype=dtype if parts == 1 else torch.float32)
     a2, b2 = second or (None, None)
     _gemm_kernel[programs(config, tiles * parts, device)](
@@ -257,7 +281,7 @@ def gemm(
         M,
         N,
         K,
-        depth,
+        steps,
         **product_options(config, M, N, K, a, b, *(second or ())),
     )
     return out[0] if parts == 1 else column_sums(out.view(parts, M * N), dtype).view(M, N)

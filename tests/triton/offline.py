@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
-from fastformer.triton_kernels import norm_bwd, norm_fwd
+from fastformer.triton_kernels import column_sums, feed_forward, feed_forward_bwd, gemm, norm_bwd, norm_fwd
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -36,7 +36,7 @@ SHARED_LIMIT = {
     "gfx942": 64 << 10,
     "gfx950": 160 << 10,
 }
-LAUNCHERS = (norm_fwd, norm_bwd)
+LAUNCHERS = (norm_fwd, norm_bwd, feed_forward, feed_forward_bwd, gemm, column_sums)
 
 
 class Launch(NamedTuple):
@@ -56,10 +56,16 @@ class _StandIn:
         return lambda *args, **options: self.run(Launch(self.kernel, grid, args, options))
 
 
-def catch_launches(monkeypatch, target, run):
-    """Have the launchers believe in `target`'s kind of GPU, and hand every Launch to `run` instead."""
+def catch_launches(monkeypatch, target, run, sm_count=1):
+    """Have the launchers believe in a `target` with so many multiprocessors, and hand every Launch to `run`."""
+    told = {
+        "TARGET": TARGETS[target].backend,
+        "arch": lambda device: target,
+        "sm_count": lambda device: sm_count,
+    }
     for module in LAUNCHERS:
-        monkeypatch.setattr(module, "TARGET", TARGETS[target].backend)
+        for name in told.keys() & vars(module).keys():
+            monkeypatch.setattr(module, name, told[name])
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction) and name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, _StandIn(value, run))
