@@ -110,6 +110,7 @@ class GemmConfig(NamedTuple):
     num_warps: int
     num_stages: int  # steps of operands in shared memory at a time
     programs_per_sm: int  # that take turns at the tiles
+    rate: float  # share of the peak that its loop over k reaches, judged by the machine code
 
 
 class SumsConfig(NamedTuple):
@@ -120,57 +121,71 @@ class SumsConfig(NamedTuple):
 
 # Rows of tiles that run side by side: 8 rows of 128 read 8 tiles of a and few of b at a time.
 GEMM_GROUP = 8
-# Columns of a tile that an epilogue takes at a time.
-GEMM_SLICE = 64
+# Columns of a tile that an epilogue takes at a time. With 64 backward of a gate spills 728 bytes on sm_90.
+GEMM_SLICE = 32
 COLUMN_SUMS = SumsConfig(32, 64, 4)
-# {operand bytes: {kind of product: tiles, largest first}}
-_GEMM: dict[int, dict[str, tuple[GemmConfig, ...]]] = {
-    2: {
-        "plain": (
-            GemmConfig(128, 128, 64, 8, 3, 1),
-            GemmConfig(64, 64, 64, 4, 3, 2),
-            GemmConfig(16, 64, 64, 4, 4, 2),
-        ),
-        "hidden": (
-            GemmConfig(128, 128, 64, 8, 3, 1),
-            GemmConfig(64, 64, 64, 4, 3, 2),
-            GemmConfig(16, 64, 64, 4, 4, 2),
-        ),
-        "hidden_bwd": (
-            GemmConfig(128, 128, 64, 8, 3, 1),
-            GemmConfig(64, 64, 64, 4, 3, 2),
-            GemmConfig(16, 64, 64, 4, 4, 2),
-        ),
-        "hidden_gated": (
-            GemmConfig(128, 64, 64, 8, 3, 1),
-            GemmConfig(64, 64, 64, 4, 3, 2),
-            GemmConfig(16, 64, 64, 4, 4, 2),
-        ),
-        "hidden_bwd_gated": (
-            GemmConfig(128, 64, 64, 8, 3, 1),
-            GemmConfig(64, 64, 64, 4, 3, 2),
-            GemmConfig(16, 64, 64, 4, 4, 2),
-        ),
+
+# Few rows are bound by reading the weights: many programs, each with four steps in flight.
+_FEW_ROWS = GemmConfig(16, 64, 64, 4, 4, 2, 0.1)
+# mma.sync: eight warps share 128 x 128 sums, 64 registers of a thread. With four warps, or twice the sums, epilogues
+# spill 170 to 580 bytes.
+_MMA = (GemmConfig(128, 128, 64, 8, 3, 1, 0.98), GemmConfig(64, 64, 64, 4, 3, 2, 0.65), _FEW_ROWS)
+# wgmma: a 128 x 256 tile reads least of shared memory, which bounds it, a product of FLOPs.
+_WGMMA = (
+    GemmConfig(128, 256, 64, 8, 3, 1, 0.95),
+    GemmConfig(128, 128, 64, 8, 4, 1, 0.74),
+    GemmConfig(64, 64, 64, 4, 4, 2, 0.45),
+    _FEW_ROWS,
+)
+# FMA of float32: 12 FFMA to a 16-byte load of shared memory.
+_FMA = (
+    GemmConfig(128, 128, 16, 8, 2, 1, 0.9),
+    GemmConfig(64, 64, 16, 4, 3, 2, 0.8),
+    GemmConfig(32, 64, 32, 4, 2, 2, 0.5),
+)
+
+# {family of targets: {bytes of an element: {kind of product, "" for any other: tiles}}}
+_GEMM: dict[str, dict[int, dict[str, tuple[GemmConfig, ...]]]] = {
+    "mma": {
+        2: {"": _MMA, "hidden_gated": (GemmConfig(128, 64, 32, 4, 4, 2, 0.95), *_MMA[1:])},
+        4: {"": _FMA, "hidden_gated": _FMA[1:]},
     },
-    4: dict.fromkeys(
-        ("plain", "hidden", "hidden_bwd", "hidden_gated", "hidden_bwd_gated"),
-        (GemmConfig(64, 64, 16, 4, 2, 2), GemmConfig(16, 64, 16, 4, 2, 2)),
-    ),
+    "wgmma": {
+        2: {"": _WGMMA, "hidden_gated": _WGMMA[1:], "hidden_bwd_gated": _WGMMA[1:]},
+        4: {"": _FMA, "hidden_gated": _FMA[1:]},
+    },
 }
-# Steps of k below which another part costs more than it brings.
+_FAMILY = {"sm_90": "wgmma", "sm_100": "wgmma", "sm_103": "wgmma"}
+# Columns of k below which another part costs more than it brings.
 _LEAST_DEPTH = 512
 
 
-def gemm_config(arch: str, kind: str, itemsize: int, M: int, N: int, sm_count: int) -> GemmConfig:
-    """The largest tile that gives every multiprocessor one, else the smallest that has not half its rows empty."""
-    tiles = _GEMM[itemsize][kind]
-    for config in tiles:
-        if -(-M // config.block_m) * -(-N // config.block_n) >= sm_count and 2 * M > config.block_m:
-            return config
-    return next((config for config in reversed(tiles) if config.block_m >= M), tiles[-1])
+@functools.cache
+def gemm_config(
+    arch: str, kind: str, itemsize: int, M: int, N: int, K: int, sm_count: int
+) -> tuple[GemmConfig, int]:
+    """The tile of a product [M, N], and into how many parts to divide K where it may be divided; else K is 0.
+
+    Chosen by the share of all multiprocessors' peak that is useful: not spent on rows and columns past the end,
+    nor on multiprocessors that wait for the last tiles.
+    """
+    family = _GEMM[_FAMILY.get(arch, "mma")][itemsize]
+
+    def parts(config: GemmConfig) -> int:
+        return max(1, min(_slots(config, sm_count) // _tiles(config, M, N), K // _LEAST_DEPTH))
+
+    def useful(config: GemmConfig) -> float:
+        slots, work = _slots(config, sm_count), parts(config) * _tiles(config, M, N)
+        in_all_slots = -(-work // slots) * slots * config.block_m * config.block_n
+        return config.rate * parts(config) * M * N / in_all_slots
+
+    best = max(family.get(kind, family[""]), key=useful)
+    return best, parts(best)
 
 
-def gemm_steps(config: GemmConfig, tiles: int, K: int, sm_count: int) -> int:
-    """How many steps of k a program sums: all, or where a part of K has few tiles, an equal share."""
-    parts = max(1, min(sm_count * config.programs_per_sm // tiles, K // _LEAST_DEPTH))
-    return max(1, -(-K // (config.block_k * parts)))
+def _tiles(config: GemmConfig, M: int, N: int) -> int:
+    return -(-M // config.block_m) * -(-N // config.block_n)
+
+
+def _slots(config: GemmConfig, sm_count: int) -> int:
+    return sm_count * config.programs_per_sm

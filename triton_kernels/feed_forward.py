@@ -9,13 +9,13 @@ import triton.language as tl
 from .activations import activate
 from .configs import gemm_config
 from .gemm import (
-    accumulate,
     along_columns,
     as_matrix,
     column_slice,
     gemm,
     gemm_kernel,
     load_vector,
+    product,
     product_options,
     programs,
     store_result,
@@ -75,7 +75,7 @@ def _hidden_kernel(
         m, n = tile_place(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
         pre = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         gate = pre
-        pre, gate = accumulate(
+        pre, gate = product(
             pre, gate, x_ptr, w1_ptr, w_gate_ptr, stride_a, stride_b, stride_b2, m, n, M, N, 0, K,
             A_BY_K, B_BY_K, ALIGN, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
@@ -105,7 +105,7 @@ def hidden_rows(
     if M == 0 or N == 0:
         return
     kind = "hidden" if w_gate is None else "hidden_gated"
-    config = gemm_config(arch(x.device), kind, x.element_size(), M, N, sm_count(x.device))
+    config, _ = gemm_config(arch(x.device), kind, x.element_size(), M, N, 0, sm_count(x.device))
     a = along_columns(x)
     b, *gate = weight_operands(w1) if w_gate is None else weight_operands(w1, w_gate)
     threshold, scale = dropout_constants(dropout_p)

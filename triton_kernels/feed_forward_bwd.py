@@ -21,7 +21,6 @@ from .column_sums import column_sums
 from .configs import gemm_config
 from .feed_forward import hidden_rows
 from .gemm import (
-    accumulate,
     along_columns,
     along_rows,
     as_matrix,
@@ -29,6 +28,7 @@ from .gemm import (
     gemm,
     gemm_kernel,
     load_result,
+    product,
     product_options,
     programs,
     store_result,
@@ -104,8 +104,8 @@ def _hidden_bwd_kernel(
     for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
         m, n = tile_place(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
         dh = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        dh, _ = accumulate(
-            dh, 0, grad_ptr, w2_ptr, None, stride_a, stride_b, 0, m, n, M, N, 0, K,
+        dh, _ = product(
+            dh, dh, grad_ptr, w2_ptr, None, stride_a, stride_b, 0, m, n, M, N, 0, K,
             A_BY_K, B_BY_K, ALIGN, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         for index in tl.static_range(BLOCK_N // SLICE):
@@ -138,7 +138,7 @@ def _hidden_gradients(
     """Those that are wanted, from grad_out [rows, E_out], and pre and pre_gate [rows, F]; None for the others."""
     M, N = pre.shape
     kind = "hidden_bwd" if pre_gate is None else "hidden_bwd_gated"
-    config = gemm_config(arch(grad.device), kind, grad.element_size(), M, N, sm_count(grad.device))
+    config, _ = gemm_config(arch(grad.device), kind, grad.element_size(), M, N, 0, sm_count(grad.device))
     tiles = ceil_div(M, config.block_m)
     made = _Hidden(
         *(torch.empty_like(pre) if want else None for want in wanted[:3]),

@@ -15,13 +15,15 @@ import triton
 import triton.language as tl
 
 from .column_sums import column_sums
-from .configs import GEMM_GROUP, GEMM_SLICE, GemmConfig, gemm_config, gemm_steps
+from .configs import GEMM_GROUP, GEMM_SLICE, GemmConfig, gemm_config
 from .launch import arch, ceil_div, contiguous, sm_count
 from .tiles import aligned
 
 # One compilation serves every shape: ALIGN says all that is worth knowing of a size.
 _SIZES = ["M", "N", "K", "stride_a", "stride_b", "stride_a2", "stride_b2", "steps", "threshold"]
 gemm_kernel = triton.jit(do_not_specialize=_SIZES)
+# Products that are added up one by one in float32: errors grow with the longer of the two sums.
+_CHUNK = tl.constexpr(256)
 
 
 @triton.jit
@@ -66,7 +68,7 @@ def _load(ptrs, in_rows, in_k, BY_K: tl.constexpr, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def accumulate(
+def _accumulate(
     acc, acc2, a_ptr, b_ptr, b2_ptr, stride_a, stride_b, stride_b2, m, n, M, N, k, K,
     A_BY_K: tl.constexpr, B_BY_K: tl.constexpr, ALIGN: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -93,6 +95,32 @@ def accumulate(
             b2 = _load(b2_ptrs, in_n, in_k[:, None], B_BY_K, EVEN_K)
             acc2 = tl.dot(a, b2, acc2, input_precision="ieee")
             b2_ptrs += b2_step
+    return acc, acc2
+
+
+@triton.jit
+def product(
+    acc, acc2, a_ptr, b_ptr, b2_ptr, stride_a, stride_b, stride_b2, m, n, M, N, k, K,
+    A_BY_K: tl.constexpr, B_BY_K: tl.constexpr, ALIGN: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """As _accumulate. Float32 is summed in chunks: a sum of thousands one by one would lose more digits than the
+    libraries' products do. Of 16-bit operands the result's rounding hides that."""
+    if a_ptr.dtype.element_ty == tl.float32:
+        for chunk in range(k, K, _CHUNK):
+            zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            part, part2 = _accumulate(
+                zero, zero, a_ptr, b_ptr, b2_ptr, stride_a, stride_b, stride_b2, m, n, M, N,
+                chunk, tl.minimum(chunk + _CHUNK, K), A_BY_K, B_BY_K, ALIGN, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            acc += part
+            if b2_ptr is not None:
+                acc2 += part2
+    else:
+        acc, acc2 = _accumulate(
+            acc, acc2, a_ptr, b_ptr, b2_ptr, stride_a, stride_b, stride_b2, m, n, M, N, k, K,
+            A_BY_K, B_BY_K, ALIGN, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     return acc, acc2
 
 
@@ -158,13 +186,13 @@ def _gemm_kernel(
         m, n = tile_place(item % tiles, M, N, BLOCK_M, BLOCK_N, GROUP)
         k, end = part * depth, tl.minimum((part + 1) * depth, K)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        acc, _ = accumulate(
-            acc, 0, a_ptr, b_ptr, None, stride_a, stride_b, 0, m, n, M, N, k, end,
+        acc, _ = product(
+            acc, acc, a_ptr, b_ptr, None, stride_a, stride_b, 0, m, n, M, N, k, end,
             A_BY_K, B_BY_K, ALIGN, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if a2_ptr is not None:
-            acc, _ = accumulate(
-                acc, 0, a2_ptr, b2_ptr, None, stride_a2, stride_b2, 0, m, n, M, N, k, end,
+            acc, _ = product(
+                acc, acc, a2_ptr, b2_ptr, None, stride_a2, stride_b2, 0, m, n, M, N, k, end,
                 A_BY_K, B_BY_K, ALIGN, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         if bias_ptr is not None:
@@ -261,13 +289,12 @@ def gemm(
     device, dtype = a.tensor.device, a.tensor.dtype
     if M == 0 or N == 0:
         return a.tensor.new_empty(M, N)
-    config = gemm_config(arch(device), "plain", dtype.itemsize, M, N, sm_count(device))
-    tiles = tile_count(config, M, N)
-    steps = gemm_steps(config, tiles, K, sm_count(device))
-    parts = max(1, ceil_div(K, steps * config.block_k))
+    config, parts = gemm_config(arch(device), "plain", dtype.itemsize, M, N, K, sm_count(device))
+    steps = max(1, ceil_div(K, config.block_k * parts))
+    parts = max(1, ceil_div(K, config.block_k * steps))
     out = a.tensor.new_empty((parts, M, N), dtype=dtype if parts == 1 else torch.float32)
     a2, b2 = second or (None, None)
-    _gemm_kernel[programs(config, tiles * parts, device)](
+    _gemm_kernel[programs(config, tile_count(config, M, N) * parts, device)](
         a.tensor,
         b.tensor,
         a2.tensor if a2 else None,
