@@ -18,9 +18,9 @@ def _logistic(x):
 def _normal(x):
     """Distribution and density of the standard normal distribution.
 
-    erfc(z) e^(z^2) = t P(t), t = 1 / (1 + 0.375 z): the form of Abramowitz and Stegun 7.1.26 with P fitted anew,
-    degree 8, relative error 1.2e-8 before rounding. The tail keeps its relative accuracy, which 1 + erf would
-    cancel away, and backward's density costs one product.
+    erfc(z) e^(z^2) = t P(t), t = 1 / (1 + 0.375 z): the form of Abramowitz and Stegun 7.1.26 with P fitted
+    anew, degree 8, relative error 1.2e-8 before rounding. The tail keeps its relative accuracy, which 1 + erf
+    would cancel away, and backward's density costs one product.
     """
     magnitude = tl.abs(x)
     t = 1.0 / (magnitude * 0.265165043 + 1.0)  # 0.375 / sqrt(2)

@@ -37,7 +37,7 @@ def _column_sums_kernel(
 
 
 def column_sums(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The sums over the rows of [rows, C], whose columns are contiguous, as [C] in `dtype`; zeros of no rows."""
+    """The sums over the rows of [rows, C] with contiguous columns, as [C] in `dtype`; zeros of no rows."""
     rows, C = matrix.shape
     if 0 in matrix.shape:
         return matrix.new_zeros(C, dtype=dtype)

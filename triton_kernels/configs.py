@@ -121,16 +121,18 @@ class SumsConfig(NamedTuple):
 
 # Rows of tiles that run side by side: 8 rows of 128 read 8 tiles of a and few of b at a time.
 GEMM_GROUP = 8
-# Columns of a tile that an epilogue takes at a time. With 64 backward of a gate spills 728 bytes on sm_90.
-GEMM_SLICE = 32
+# Columns of a tile that are finished at a time. With 64 epilogues spill, backward of a gate 728 bytes on
+# sm_90; with 32 the plain product spills 8 there.
+EPILOGUE_SLICE = 32
+PLAIN_SLICE = 64
 COLUMN_SUMS = SumsConfig(32, 64, 4)
 
 # Few rows are bound by reading the weights: many programs, each with four steps in flight.
 _FEW_ROWS = GemmConfig(16, 64, 64, 4, 4, 2, 0.1)
-# mma.sync: eight warps share 128 x 128 sums, 64 registers of a thread. With four warps, or twice the sums, epilogues
-# spill 170 to 580 bytes.
+# mma.sync: eight warps share 128 x 128 sums, 64 registers of a thread. With four warps, or twice the sums,
+# epilogues spill 170 to 580 bytes.
 _MMA = (GemmConfig(128, 128, 64, 8, 3, 1, 0.98), GemmConfig(64, 64, 64, 4, 3, 2, 0.65), _FEW_ROWS)
-# wgmma: a 128 x 256 tile reads least of shared memory, which bounds it, a product of FLOPs.
+# wgmma: shared memory bounds it, of which a 128 x 256 tile reads least.
 _WGMMA = (
     GemmConfig(128, 256, 64, 8, 3, 1, 0.95),
     GemmConfig(128, 128, 64, 8, 4, 1, 0.74),
@@ -164,12 +166,12 @@ _LEAST_DEPTH = 512
 def gemm_config(
     arch: str, kind: str, itemsize: int, M: int, N: int, K: int, sm_count: int
 ) -> tuple[GemmConfig, int]:
-    """The tile of a product [M, N], and into how many parts to divide K where it may be divided; else K is 0.
+    """The tile of a product [M, N], and into how many parts to divide K; K is 0 where it may not be divided.
 
-    Chosen by the share of all multiprocessors' peak that is useful: not spent on rows and columns past the end,
-    nor on multiprocessors that wait for the last tiles.
+    Chosen by the share of all multiprocessors' peak that is useful: not spent on rows and columns past the
+    end, nor on waiting for the last tiles.
     """
-    family = _GEMM[_FAMILY.get(arch, "mma")][itemsize]
+    tiles = gemm_tiles(arch, itemsize)
 
     def parts(config: GemmConfig) -> int:
         return max(1, min(_slots(config, sm_count) // _tiles(config, M, N), K // _LEAST_DEPTH))
@@ -179,7 +181,7 @@ def gemm_config(
         in_all_slots = -(-work // slots) * slots * config.block_m * config.block_n
         return config.rate * parts(config) * M * N / in_all_slots
 
-    best = max(family.get(kind, family[""]), key=useful)
+    best = max(tiles.get(kind, tiles[""]), key=useful)
     return best, parts(best)
 
 
@@ -189,3 +191,8 @@ def _tiles(config: GemmConfig, M: int, N: int) -> int:
 
 def _slots(config: GemmConfig, sm_count: int) -> int:
     return sm_count * config.programs_per_sm
+
+
+def gemm_tiles(arch: str, itemsize: int) -> dict[str, tuple[GemmConfig, ...]]:
+    """Everything that `gemm_config` can choose, by kind of product; "" is any other kind."""
+    return _GEMM[_FAMILY.get(arch, "mma")][itemsize]

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate
-from .configs import gemm_config
+from .configs import EPILOGUE_SLICE, gemm_config
 from .gemm import (
     along_columns,
     as_matrix,
@@ -81,8 +81,8 @@ def _hidden_kernel(
         )  # fmt: skip
         for index in tl.static_range(BLOCK_N // SLICE):
             _finish_hidden(
-                column_slice(pre, index, SLICE), column_slice(gate, index, SLICE), b1_ptr, b_gate_ptr, seed_ptr,
-                hidden_ptr, pre_ptr, pre_gate_ptr, m, n + index * SLICE, M, N, threshold, scale,
+                column_slice(pre, index, SLICE), column_slice(gate, index, SLICE), b1_ptr, b_gate_ptr,
+                seed_ptr, hidden_ptr, pre_ptr, pre_gate_ptr, m, n + index * SLICE, M, N, threshold, scale,
                 ACTIVATION, w_gate_ptr is not None, ALIGN,
             )  # fmt: skip
 
@@ -128,7 +128,7 @@ def hidden_rows(
         threshold,
         scale,
         ACTIVATION=activation,
-        **product_options(config, M, N, K, a, b, *gate),
+        **product_options(config, EPILOGUE_SLICE, M, N, K, a, b, *gate),
     )
 
 
@@ -159,8 +159,8 @@ def feed_forward_fwd(
         save_pre: Whether backward will want pre and pre_gate.
 
     Returns:
-        out [..., E_out], pre and pre_gate [..., F], all contiguous in x's dtype. pre is empty [0] unless save_pre,
-        and pre_gate is where there is no gate either.
+        out [..., E_out], pre and pre_gate [..., F], all contiguous in x's dtype. pre is empty [0] unless
+        save_pre, and pre_gate is where there is no gate either.
     """
     lead, F = x.shape[:-1], w1.shape[0]
     with on_device(x):
@@ -171,5 +171,5 @@ def feed_forward_fwd(
         hidden_rows(rows, w1, b1, w_gate, b_gate, seed, activation, dropout_p, hidden, pre, pre_gate)
         (w2_operand,) = weight_operands(w2)
         out = gemm(along_columns(hidden), w2_operand, rows.shape[0], w2.shape[0], F, bias=b2)
-    saved = (x.new_empty(0) if t is None else t.view(*lead, F) for t in (pre, pre_gate))
-    return out.view(*lead, w2.shape[0]), *saved
+    pre, pre_gate = (x.new_empty(0) if t is None else t.view(*lead, F) for t in (pre, pre_gate))
+    return out.view(*lead, w2.shape[0]), pre, pre_gate

@@ -4,8 +4,8 @@
     dpre = dh act'(pre), gated dh act(gate);  dgate = dh pre act'(gate)
     dx = dpre w1 + dgate w_gate;  dw2 = grad_out^T hd;  dw1 = dpre^T x;  dw_gate = dgate^T x
 
-One kernel multiplies grad_out by w2 and, tile by tile, makes hd, dpre, dgate and the column sums of those of that.
-The other products are plain.
+One kernel multiplies grad_out by w2 and, tile by tile, makes of that hd, dpre, dgate and the column
+sums of the last two. The other products are plain.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .activations import activate_with_gradient
 from .column_sums import column_sums
-from .configs import gemm_config
+from .configs import EPILOGUE_SLICE, gemm_config
 from .feed_forward import hidden_rows
 from .gemm import (
     along_columns,
@@ -110,8 +110,9 @@ def _hidden_bwd_kernel(
         )  # fmt: skip
         for index in tl.static_range(BLOCK_N // SLICE):
             _finish_hidden_bwd(
-                column_slice(dh, index, SLICE), pre_ptr, pre_gate_ptr, seed_ptr, hidden_ptr, dpre_ptr, dgate_ptr,
-                db1_ptr, db_gate_ptr, m, n + index * SLICE, M, N, threshold, scale, ACTIVATION, ALIGN,
+                column_slice(dh, index, SLICE), pre_ptr, pre_gate_ptr, seed_ptr, hidden_ptr, dpre_ptr,
+                dgate_ptr, db1_ptr, db_gate_ptr, m, n + index * SLICE, M, N, threshold, scale,
+                ACTIVATION, ALIGN,
             )  # fmt: skip
 
 
@@ -135,7 +136,7 @@ def _hidden_gradients(
     activation: str,
     dropout_p: float,
 ) -> _Hidden:
-    """Those that are wanted, from grad_out [rows, E_out], and pre and pre_gate [rows, F]; None for the others."""
+    """Those wanted, from grad_out [rows, E_out], and pre and pre_gate [rows, F]; None for the others."""
     M, N = pre.shape
     kind = "hidden_bwd" if pre_gate is None else "hidden_bwd_gated"
     config, _ = gemm_config(arch(grad.device), kind, grad.element_size(), M, N, 0, sm_count(grad.device))
@@ -164,7 +165,7 @@ def _hidden_gradients(
         threshold,
         scale,
         ACTIVATION=activation,
-        **product_options(config, M, N, K, a, b),
+        **product_options(config, EPILOGUE_SLICE, M, N, K, a, b),
     )
     return made
 
@@ -209,8 +210,8 @@ def feed_forward_bwd(
         need_x, ...: Which gradients to compute.
 
     Returns:
-        The gradients of x, w1, b1, w_gate, b_gate, w2 and b2, contiguous in x's dtype, each empty [0] where it is
-        not needed or there is no such tensor. The same call on the same device gives the same bits.
+        The gradients of x, w1, b1, w_gate, b_gate, w2 and b2, contiguous in x's dtype, each empty [0] where
+        it is not needed or there is no such tensor. The same call on the same device gives the same bits.
     """
     need_b1, need_b2 = need_b1 and b1 is not None, need_b2 and b2 is not None
     need_w_gate, need_b_gate = need_w_gate and w_gate is not None, need_b_gate and b_gate is not None
@@ -226,11 +227,12 @@ def feed_forward_bwd(
         x_rows, grad = as_matrix(x), as_matrix(grad_out)
         (rows, E), (E_out, F) = x_rows.shape, w2.shape
         if any(wanted):
-            saved = [t.reshape(rows, F) if t.numel() else None for t in (pre, pre_gate)]
-            if saved[0] is None:
-                saved = [x.new_empty(rows, F), None if w_gate is None else x.new_empty(rows, F)]
-                hidden_rows(x_rows, w1, b1, w_gate, b_gate, None, activation, 0.0, None, *saved)
-            made = _hidden_gradients(wanted, grad, *saved, w2, seed, activation, dropout_p)
+            again = pre.numel() == 0
+            pre = x.new_empty(rows, F) if again else pre.reshape(rows, F)
+            gate = None if w_gate is None else torch.empty_like(pre) if again else pre_gate.reshape(rows, F)
+            if again:
+                hidden_rows(x_rows, w1, b1, w_gate, b_gate, None, activation, 0.0, None, pre, gate)
+            made = _hidden_gradients(wanted, grad, pre, gate, w2, seed, activation, dropout_p)
         dx = _input_gradient(made, w1, w_gate).view(x.shape) if need_x else nothing
         dw1 = gemm(along_rows(made.dpre), along_rows(x_rows), F, E, rows) if need_w1 else nothing
         dw_gate = gemm(along_rows(made.dgate), along_rows(x_rows), F, E, rows) if need_w_gate else nothing

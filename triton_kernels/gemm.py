@@ -1,8 +1,8 @@
 """Products of matrices: what every kernel with a product shares, and the product without an epilogue.
 
-An operand is a pointer, a stride and a flag: its elements are contiguous along k (what a Linear's weight and x
-are to x w^T) or along its own rows, and the stride is that of the other dimension. c[m, n] is the sum over k of
-a[m, k] b[n, k]; results are contiguous.
+c[m, n] is the sum over k of a[m, k] b[n, k]. An operand is a pointer, a stride and a flag: its elements are
+contiguous along k (what x and a Linear's weight are to x w^T) or along m or n, and the stride is that of the
+other dimension. Results are contiguous.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .column_sums import column_sums
-from .configs import GEMM_GROUP, GEMM_SLICE, GemmConfig, gemm_config
+from .configs import GEMM_GROUP, PLAIN_SLICE, GemmConfig, gemm_config
 from .launch import arch, ceil_div, contiguous, sm_count
 from .tiles import aligned
 
@@ -30,8 +30,8 @@ _CHUNK = tl.constexpr(256)
 def tile_place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
     """(first row, first column) of a tile of c [M, N].
 
-    Tiles are counted down columns of GROUP tiles and then to the right, so that the programs that run at one time
-    read few rows of a and of b: those stay in L2.
+    Tiles are counted down columns of GROUP tiles and then to the right, so that the programs that run at one
+    time read few rows of a and of b: those stay in L2.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     first = tile // (GROUP * tiles_n) * GROUP
@@ -45,8 +45,8 @@ def _operand(
     ptr, stride, start, extent, k,
     BY_K: tl.constexpr, K_AXIS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to BLOCK rows of an operand and BLOCK_K steps of k, which lie along axis K_AXIS; which of the rows
-    there are; and the distance to the next steps. A row past the end reads the last: no result shows it."""
+    """Pointers to BLOCK rows of an operand and BLOCK_K columns of k, which is axis K_AXIS; which of the rows
+    there are; and the distance to the next columns. Rows past the end read the last: no result shows it."""
     offs = start + tl.arange(0, BLOCK)
     offs_k = k + tl.arange(0, BLOCK_K)
     in_rows = tl.expand_dims(offs < extent, K_AXIS)
@@ -104,14 +104,15 @@ def product(
     A_BY_K: tl.constexpr, B_BY_K: tl.constexpr, ALIGN: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """As _accumulate. Float32 is summed in chunks: a sum of thousands one by one would lose more digits than the
-    libraries' products do. Of 16-bit operands the result's rounding hides that."""
+    """As _accumulate. Float32 is summed in chunks: a sum of thousands one by one would lose more digits than
+    the libraries' products do. Of 16-bit operands the result's rounding hides that."""
     if a_ptr.dtype.element_ty == tl.float32:
         for chunk in range(k, K, _CHUNK):
             zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             part, part2 = _accumulate(
                 zero, zero, a_ptr, b_ptr, b2_ptr, stride_a, stride_b, stride_b2, m, n, M, N,
-                chunk, tl.minimum(chunk + _CHUNK, K), A_BY_K, B_BY_K, ALIGN, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+                chunk, tl.minimum(chunk + _CHUNK, K), A_BY_K, B_BY_K, ALIGN, EVEN_K,
+                BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             acc += part
             if b2_ptr is not None:
@@ -126,8 +127,8 @@ def product(
 
 @triton.jit
 def column_slice(tile, INDEX: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns INDEX * WIDTH .. of a tile. An epilogue goes slice by slice: of a whole tile, what it holds besides
-    the sums does not fit the registers."""
+    """Columns INDEX * WIDTH .. of a tile. An epilogue goes slice by slice: what it holds besides the sums
+    does not fit the registers for a whole tile."""
     if tile.shape[1] == WIDTH:
         return tile
     else:
@@ -238,7 +239,7 @@ def weight_operands(*weights: torch.Tensor, backward: bool = False) -> list[Oper
 
 
 def product_options(
-    config: GemmConfig, M: int, N: int, K: int, a: Operand, *others: Operand
+    config: GemmConfig, slice_columns: int, M: int, N: int, K: int, a: Operand, *others: Operand
 ) -> dict[str, Any]:
     """What kernels with a product take at compile time; `others` are b, and whatever else has a stride."""
     b = others[0]
@@ -257,7 +258,7 @@ def product_options(
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP": GEMM_GROUP,
-        "SLICE": min(config.block_n, GEMM_SLICE),
+        "SLICE": min(config.block_n, slice_columns),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,
@@ -284,7 +285,8 @@ def gemm(
 ) -> torch.Tensor:
     """a b^T + bias [M, N] in a's dtype, plus the product of a second pair that is laid out like the first.
 
-    Where that leaves multiprocessors idle K is divided among more programs, whose float32 sums are added in order.
+    Where that leaves multiprocessors idle, K is divided among more programs, and their float32 sums are added
+    in order.
     """
     device, dtype = a.tensor.device, a.tensor.dtype
     if M == 0 or N == 0:
@@ -309,6 +311,6 @@ def gemm(
         N,
         K,
         steps,
-        **product_options(config, M, N, K, a, b, *(second or ())),
+        **product_options(config, PLAIN_SLICE, M, N, K, a, b, *(second or ())),
     )
     return out[0] if parts == 1 else column_sums(out.view(parts, M * N), dtype).view(M, N)

@@ -31,9 +31,9 @@ def matrix_keep(
     """Which of the columns col_start .. col_start + BLOCK_C - 1 of each row survive, bool [ROWS, BLOCK_C].
 
     Column j = 32J + 8w + 2t + e takes half e (low first) of word w of the call with counter
-    (4J + t, row, stream, KIND): what a thread holds of one row in the accumulators of mma and wgmma. KIND is 0
-    for attention, whose stream is batch * heads + head, and 2 for feed_forward, whose stream is 0. row int32
-    [ROWS]; col_start and BLOCK_C are multiples of 32.
+    (4J + t, row, stream, KIND): what a thread holds of one row in the accumulators of mma and wgmma. KIND is
+    0 for attention, whose stream is batch * heads + head, and 2 for feed_forward, whose stream is 0.
+    row int32 [ROWS]; col_start and BLOCK_C are multiples of 32.
     """
     call = col_start // 8 + tl.arange(0, BLOCK_C // 8)[None, :]
     zero = tl.zeros([ROWS, BLOCK_C // 8], tl.int32)  # [ROWS, 4J + t]
