@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate
-from .configs import EPILOGUE_SLICE, gemm_config
+from .configs import HIDDEN_SLICE, gemm_config
 from .gemm import (
     along_columns,
     as_matrix,
@@ -128,7 +128,8 @@ def hidden_rows(
         threshold,
         scale,
         ACTIVATION=activation,
-        **product_options(config, EPILOGUE_SLICE, M, N, K, a, b, *gate),
+        SLICE=HIDDEN_SLICE,
+        **product_options(config, M, N, K, a, b, *gate),
     )
 
 

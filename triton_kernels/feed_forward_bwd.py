@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .activations import activate_with_gradient
 from .column_sums import column_sums
-from .configs import EPILOGUE_SLICE, gemm_config
+from .configs import HIDDEN_SLICE, gemm_config
 from .feed_forward import hidden_rows
 from .gemm import (
     along_columns,
@@ -165,7 +165,8 @@ def _hidden_gradients(
         threshold,
         scale,
         ACTIVATION=activation,
-        **product_options(config, EPILOGUE_SLICE, M, N, K, a, b),
+        SLICE=HIDDEN_SLICE,
+        **product_options(config, M, N, K, a, b),
     )
     return made
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .column_sums import column_sums
-from .configs import GEMM_GROUP, PLAIN_SLICE, GemmConfig, gemm_config
+from .configs import GEMM_GROUP, GemmConfig, gemm_config
 from .launch import arch, ceil_div, contiguous, sm_count
 from .tiles import aligned
 
@@ -127,8 +127,8 @@ def product(
 
 @triton.jit
 def column_slice(tile, INDEX: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns INDEX * WIDTH .. of a tile. An epilogue goes slice by slice: what it holds besides the sums
-    does not fit the registers for a whole tile."""
+    """Columns INDEX * WIDTH .. of a tile. Activations go slice by slice: what they hold besides the sums does
+    not fit the registers for a whole tile."""
     if tile.shape[1] == WIDTH:
         return tile
     else:
@@ -175,7 +175,6 @@ def _gemm_kernel(
     stride_a, stride_b, stride_a2, stride_b2, M, N, K, steps,
     A_BY_K: tl.constexpr, B_BY_K: tl.constexpr, ALIGN: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    SLICE: tl.constexpr,
 ):  # fmt: skip
     """out = a b^T + a2 b2^T + bias. Programs take turns at the tiles of all parts of K, each of which is
     `steps` times BLOCK_K long."""
@@ -198,9 +197,7 @@ def _gemm_kernel(
             )  # fmt: skip
         if bias_ptr is not None:
             acc += load_vector(bias_ptr, n + tl.arange(0, BLOCK_N), N if part == 0 else 0)
-        for index in tl.static_range(BLOCK_N // SLICE):
-            values = column_slice(acc, index, SLICE)
-            store_result(out_ptr + part.to(tl.int64) * M * N, values, m, n + index * SLICE, M, N, ALIGN)
+        store_result(out_ptr + part.to(tl.int64) * M * N, acc, m, n, M, N, ALIGN)
 
 
 class Operand(NamedTuple):
@@ -239,7 +236,7 @@ def weight_operands(*weights: torch.Tensor, backward: bool = False) -> list[Oper
 
 
 def product_options(
-    config: GemmConfig, slice_columns: int, M: int, N: int, K: int, a: Operand, *others: Operand
+    config: GemmConfig, M: int, N: int, K: int, a: Operand, *others: Operand
 ) -> dict[str, Any]:
     """What kernels with a product take at compile time; `others` are b, and whatever else has a stride."""
     b = others[0]
@@ -258,7 +255,6 @@ def product_options(
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP": GEMM_GROUP,
-        "SLICE": min(config.block_n, slice_columns),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,
@@ -311,6 +307,6 @@ def gemm(
         N,
         K,
         steps,
-        **product_options(config, PLAIN_SLICE, M, N, K, a, b, *(second or ())),
+        **product_options(config, M, N, K, a, b, *(second or ())),
     )
     return out[0] if parts == 1 else column_sums(out.view(parts, M * N), dtype).view(M, N)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 import sys
 from functools import partial
@@ -21,6 +22,8 @@ from . import raw_ops
 _SERVED = ("norm_fwd", "norm_bwd", "feed_forward_fwd", "feed_forward_bwd")
 # Grids and row numbers are 32-bit.
 _MAX_ROWS = 2**31 - 1
+# A product counts past the last row and the last column of k to the end of its tile.
+_MAX_FEED_FORWARD_ROWS = 2**31 - 2**16
 _OLDEST_CAPABILITY = (8, 0)
 
 
@@ -71,8 +74,9 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
         return refusal
     first = tensors[0]
     assert first is not None
-    if first.numel() > _MAX_ROWS * first.shape[-1]:
-        return f"its kernels take at most {_MAX_ROWS} rows"
+    most = _MAX_FEED_FORWARD_ROWS if op.startswith("feed_forward") else _MAX_ROWS
+    if math.prod(first.shape[:-1]) > most:
+        return f"its kernels take at most {most} rows"
     if first.device.type == "cuda":
         return None if _interpreting() else _device_refusal(first.device)
     if first.device.type != "cpu":

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
+from fastformer.triton_kernels import column_sums, feed_forward, feed_forward_bwd, gemm, norm_bwd, norm_fwd
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from fastformer.backends import triton as backend
-from fastformer.triton_kernels import column_sums, feed_forward, feed_forward_bwd, gemm, norm_bwd, norm_fwd
 from tests import ptxvm
 
 TARGETS = {

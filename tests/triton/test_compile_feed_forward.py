@@ -7,8 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastformer.triton_kernels import configs, feed_forward, feed_forward_bwd, gemm
+from fastformer.triton_kernels import feed_forward, feed_forward_bwd
 
+from .feed_forward_tiles import TILES, use_tile
 from .offline import SHARED_LIMIT, TARGETS, catch_launches, compile_launch, resources
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -51,14 +52,7 @@ def launches_with_tile(monkeypatch, target, dtype, sizes, tile, activation="gelu
     """The launches of the calls where tile number `tile` of its kind is chosen for every product."""
     launches = []
     catch_launches(monkeypatch, target, launches.append)
-
-    def choose(arch, kind, itemsize, *_):
-        tiles = configs.gemm_tiles(arch, itemsize)
-        of_kind = tiles.get(kind, tiles[""])
-        return of_kind[min(tile, len(of_kind) - 1)], 1
-
-    for module in (gemm, feed_forward, feed_forward_bwd):
-        monkeypatch.setattr(module, "gemm_config", choose)
+    use_tile(monkeypatch, tile)
     for with_gate in gated:
         run_launchers(dtype, sizes, activation, with_gate)
     assert launches
@@ -87,7 +81,7 @@ def test_some_tiles_fit_and_multiply_on_tensor_cores(monkeypatch, record_propert
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tile", range(max(len(t) for t in configs.gemm_tiles("sm_90", 2).values())))
+@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("sizes", (EVEN, ODD), ids=("even", "odd"))
 @pytest.mark.parametrize("dtype", (BF16, F16, F32), ids=str)
 @pytest.mark.parametrize("target", TARGETS)
