@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .attention_call import LOG2_E as _LOG2_E
 from .masks import visible
-from .philox import attention_keep
+from .philox import matrix_keep
 from .tiles import aligned
 
 LOG2_E: tl.constexpr = tl.constexpr(_LOG2_E)
@@ -178,7 +178,8 @@ def hide(call, head, scores, m, n, real):
 @triton.jit
 def keep_tile(call, head, threshold, offs_m, n0, BLOCK_N: tl.constexpr):
     """bool [BLOCK_M, BLOCK_N]: the weights that dropout keeps; n0 is a multiple of 32."""
-    return attention_keep(tl.load(call.seed_ptr), head.stream, offs_m, n0, threshold, BLOCK_N)
+    seed = tl.load(call.seed_ptr)
+    return matrix_keep(seed, offs_m, n0, head.stream, 0, threshold, offs_m.shape[0], BLOCK_N)
 
 
 @triton.jit

@@ -229,3 +229,95 @@ class SumConfig(NamedTuple):
 def attention_sum_config(target: str, itemsize: int, width: int) -> SumConfig:
     """Tiles of the returned weights, of the sums of biases, and of delta; arguments as above."""
     return SumConfig(32, 8 if itemsize == 4 or width > 128 else 4)
+
+
+class GemmConfig(NamedTuple):
+    block_m: int  # rows of a tile of the result
+    block_n: int  # columns
+    block_k: int  # of both operands, a step
+    num_warps: int
+    num_stages: int  # steps of operands in shared memory at a time
+    programs_per_sm: int  # that take turns at the tiles
+    rate: float  # share of the peak that its loop over k reaches, judged by the machine code
+
+
+class SumsConfig(NamedTuple):
+    block_r: int  # rows of a tile
+    block_c: int  # columns
+    num_warps: int
+
+
+# Rows of tiles that run side by side: 8 rows of 128 read 8 tiles of a and few of b at a time.
+GEMM_GROUP = 8
+# Columns of a hidden tile that are finished at a time. With 64 backward of a gate spills 728 bytes on sm_90.
+HIDDEN_SLICE = 32
+COLUMN_SUMS = SumsConfig(32, 64, 4)
+
+# Few rows are bound by reading the weights: many programs, each with two long steps in flight. With steps of
+# 64 ptxas stops at 80 registers on sm_90 and spills 8 bytes.
+_FEW_ROWS = GemmConfig(16, 64, 128, 4, 3, 2, 0.15)
+# mma.sync: eight warps share 128 x 128 sums, 64 registers of a thread. With four warps, or twice the sums,
+# epilogues spill 170 to 580 bytes.
+_MMA = (GemmConfig(128, 128, 64, 8, 3, 1, 0.98), GemmConfig(64, 64, 64, 4, 3, 2, 0.65), _FEW_ROWS)
+# wgmma: shared memory bounds it, of which a 128 x 256 tile reads least.
+_WGMMA = (
+    GemmConfig(128, 256, 64, 8, 3, 1, 0.95),
+    GemmConfig(128, 128, 64, 8, 4, 1, 0.74),
+    GemmConfig(64, 64, 64, 4, 4, 2, 0.45),
+    _FEW_ROWS,
+)
+# FMA of float32: 13 or 11 FFMA to a 16-byte load of shared memory. The two sums of a gate and of the chunk
+# that is being added up take eight warps: four spill 190 bytes.
+_FMA = (GemmConfig(128, 128, 16, 8, 2, 1, 0.9), GemmConfig(64, 64, 16, 4, 3, 2, 0.8))
+_FMA_GATED = (GemmConfig(64, 64, 16, 8, 2, 2, 0.7),)
+
+# {family of targets: {bytes of an element: {kind of product, "" for any other: tiles}}}
+_GEMM: dict[str, dict[int, dict[str, tuple[GemmConfig, ...]]]] = {
+    "mma": {
+        2: {"": _MMA, "hidden_gated": (GemmConfig(128, 64, 32, 4, 4, 2, 0.95), *_MMA[1:])},
+        4: {"": _FMA, "hidden_gated": _FMA_GATED},
+    },
+    "wgmma": {
+        2: {"": _WGMMA, "hidden_gated": _WGMMA[1:], "hidden_bwd_gated": _WGMMA[1:]},
+        4: {"": _FMA, "hidden_gated": _FMA_GATED},
+    },
+}
+_FAMILY = {"sm_90": "wgmma", "sm_100": "wgmma", "sm_103": "wgmma"}
+# Columns of k below which another part costs more than it brings.
+_LEAST_DEPTH = 512
+
+
+@functools.cache
+def gemm_config(
+    arch: str, kind: str, itemsize: int, M: int, N: int, K: int, sm_count: int
+) -> tuple[GemmConfig, int]:
+    """The tile of a product [M, N], and into how many parts to divide K; K is 0 where it may not be divided.
+
+    Chosen by the share of all multiprocessors' peak that is useful: not spent on rows and columns past the
+    end, nor on waiting for the last tiles.
+    """
+    tiles = gemm_tiles(arch, itemsize)
+
+    def parts(config: GemmConfig) -> int:
+        return max(1, min(_slots(config, sm_count) // _tiles(config, M, N), K // _LEAST_DEPTH))
+
+    def useful(config: GemmConfig) -> float:
+        slots, work = _slots(config, sm_count), parts(config) * _tiles(config, M, N)
+        in_all_slots = -(-work // slots) * slots * config.block_m * config.block_n
+        return config.rate * parts(config) * M * N / in_all_slots
+
+    best = max(tiles.get(kind, tiles[""]), key=useful)
+    return best, parts(best)
+
+
+def _tiles(config: GemmConfig, M: int, N: int) -> int:
+    return -(-M // config.block_m) * -(-N // config.block_n)
+
+
+def _slots(config: GemmConfig, sm_count: int) -> int:
+    return sm_count * config.programs_per_sm
+
+
+def gemm_tiles(arch: str, itemsize: int) -> dict[str, tuple[GemmConfig, ...]]:
+    """Everything that `gemm_config` can choose, by kind of product; "" is any other kind."""
+    return _GEMM[_FAMILY.get(arch, "mma")][itemsize]

@@ -6,9 +6,12 @@ Importing this module does not import Triton: the kernels are imported by the fi
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+import math
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,9 +21,20 @@ from torch.library import Library
 
 from . import raw_ops
 
-_SERVED = ("norm_fwd", "norm_bwd", "attention_fwd", "attention_bwd")
+# {raw operator: the module of its launcher, which the first call imports}.
+_LAUNCHERS = {
+    "norm_fwd": "norm_fwd",
+    "norm_bwd": "norm_bwd",
+    "attention_fwd": "attention_fwd",
+    "attention_bwd": "attention_bwd",
+    "attention_weights": "attention_sums",
+    "feed_forward_fwd": "feed_forward",
+    "feed_forward_bwd": "feed_forward_bwd",
+}
 # Grids and row numbers are 32-bit.
 _MAX_ROWS = 2**31 - 1
+# A product counts past the last row and the last column of k to the end of its tile.
+_MAX_FEED_FORWARD_ROWS = 2**31 - 2**16
 _MAX_HEAD_DIM = 256
 _OLDEST_CAPABILITY = (8, 0)
 
@@ -42,7 +56,8 @@ def _interpreting() -> bool:
 
 @functools.cache
 def _device_refusal(device: torch.device) -> str | None:
-    if torch.version.hip:
+    # Where torch sees no GPU only fake tensors are on one: nothing runs, and who will run it cannot be asked.
+    if torch.version.hip or not torch.cuda.is_available():
         return None
     capability = torch.cuda.get_device_capability(device)
     if capability < _OLDEST_CAPABILITY:
@@ -60,40 +75,59 @@ def ready() -> str | None:
     return _device_refusal(torch.device("cuda", torch.cuda.current_device()))
 
 
-def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
-    """None if `op` on these tensors can be served, else the reason in one sentence."""
-    if op not in _SERVED:
-        return f"it has no {op} yet"
+@raw_ops.constant_in_graphs
+def _unusable(device: torch.device) -> str | None:
+    """None where tensors on `device` can be served, else the reason why not."""
     missing = _missing_triton()
     if missing is not None:
         return missing
-    refusal = raw_ops.dtype_refusal(tensors)
-    if refusal is not None:
-        return refusal
-    first = tensors[0]
-    assert first is not None
-    if op in ("attention_fwd", "attention_bwd"):
-        refusal = _attention_refusal(tensors)
-        if refusal is not None:
-            return refusal
-    if first.numel() > _MAX_ROWS * first.shape[-1]:
-        return f"its kernels take at most {_MAX_ROWS} rows"
-    if first.device.type == "cuda":
-        return None if _interpreting() else _device_refusal(first.device)
-    if first.device.type != "cpu":
-        return f"it serves CUDA and HIP tensors, not {first.device.type}"
+    if device.type == "cuda":
+        return None if _interpreting() else _device_refusal(device)
+    if device.type != "cpu":
+        return f"it serves CUDA and HIP tensors, not {device.type}"
     return (
         None if _interpreting() else "it serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"
     )
 
 
+def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """None if `op` on these tensors can be served, else the reason in one sentence."""
+    if op not in _LAUNCHERS:
+        return f"it has no {op} yet"
+    first = tensors[0]
+    assert first is not None
+    refusal = _unusable(first.device) or raw_ops.dtype_refusal(tensors)
+    if refusal is not None:
+        return refusal
+    if op.startswith("attention"):
+        return _attention_refusal(tensors)
+    most = _MAX_FEED_FORWARD_ROWS if op.startswith("feed_forward") else _MAX_ROWS
+    if math.prod(first.shape[:-1]) > most:
+        return f"its kernels take at most {most} rows"
+    return None
+
+
 def _attention_refusal(tensors: tuple[Tensor | None, ...]) -> str | None:
     query, _, value, *_ = tensors
     assert query is not None and value is not None
+    if query.numel() > _MAX_ROWS * query.shape[-1]:
+        return f"its kernels take at most {_MAX_ROWS} rows"
     for name, width in (("query", query.shape[-1]), ("value", value.shape[-1])):
         if not 1 <= width <= _MAX_HEAD_DIM:
             return f"its attention takes head dims of 1 to {_MAX_HEAD_DIM}, and {name}'s is {width}"
     return None
+
+
+def configuration(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """The tiles that `op`, which is served, chooses for these tensors, those of forward for backward too."""
+    from ..triton_kernels.chosen import TILES
+
+    if op not in TILES or any(tensor is not None and tensor.numel() == 0 for tensor in tensors):
+        return None
+    return "; ".join(
+        (f"{kernel}: " if kernel else "") + ", ".join(f"{n}={value}" for n, value in tile._asdict().items())
+        for kernel, tile in TILES[op](spec, *tensors).items()
+    )
 
 
 norm_fwd = partial(raw_ops.norm_fwd, "triton")
@@ -101,42 +135,21 @@ norm_bwd = partial(raw_ops.norm_bwd, "triton")
 attention_fwd = partial(raw_ops.attention_fwd, "triton")
 attention_bwd = partial(raw_ops.attention_bwd, "triton")
 attention_weights = partial(raw_ops.attention_weights, "triton")
+feed_forward_fwd = partial(raw_ops.feed_forward_fwd, "triton")
+feed_forward_bwd = partial(raw_ops.feed_forward_bwd, "triton")
 
 
-def _norm_fwd_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from ..triton_kernels.norm_fwd import norm_fwd as launch
-
-    return launch(*args)
-
-
-def _norm_bwd_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from ..triton_kernels.norm_bwd import norm_bwd as launch
-
-    return launch(*args)
+@functools.cache
+def _launcher(op: str) -> Callable[..., Any]:
+    module = importlib.import_module(f"..triton_kernels.{_LAUNCHERS[op]}", __package__)
+    return getattr(module, op)  # type: ignore[no-any-return]
 
 
-def _attention_fwd_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from ..triton_kernels.attention_fwd import attention_fwd as launch
-
-    return launch(*args)
-
-
-def _attention_bwd_kernel(*args: Any) -> tuple[Tensor, ...]:
-    from ..triton_kernels.attention_bwd import attention_bwd as launch
-
-    return launch(*args)
-
-
-def _attention_weights_kernel(*args: Any) -> Tensor:
-    from ..triton_kernels.attention_sums import attention_weights as launch
-
-    return launch(*args)
+def _launch(op: str, *args: Any) -> Any:
+    return _launcher(op)(*args)
 
 
 _library = Library("fastformer", "IMPL")
 for _key in ("CUDA", "CPU"):  # CPU: the interpreter
-    _library.impl("norm_fwd_triton", _norm_fwd_kernel, _key)
-    _library.impl("norm_bwd_triton", _norm_bwd_kernel, _key)
-    _library.impl("attention_fwd_triton", _attention_fwd_kernel, _key)
-    _library.impl("attention_bwd_triton", _attention_bwd_kernel, _key)
-    _library.impl("attention_weights_triton", _attention_weights_kernel, _key)
+    for _op in _LAUNCHERS:
+        _library.impl(f"{_op}_triton", partial(_launch, _op), _key)

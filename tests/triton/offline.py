@@ -18,6 +18,10 @@ from fastformer.triton_kernels import (
     attention_fwd,
     attention_rows,
     attention_sums,
+    column_sums,
+    feed_forward,
+    feed_forward_bwd,
+    gemm,
     norm_bwd,
     norm_fwd,
 )
@@ -43,7 +47,18 @@ SHARED_LIMIT = {
     "gfx942": 64 << 10,
     "gfx950": 160 << 10,
 }
-LAUNCHERS = (norm_fwd, norm_bwd, attention_fwd, attention_rows, attention_sums, attention_bwd)
+LAUNCHERS = (
+    norm_fwd,
+    norm_bwd,
+    attention_fwd,
+    attention_rows,
+    attention_sums,
+    attention_bwd,
+    feed_forward,
+    feed_forward_bwd,
+    gemm,
+    column_sums,
+)
 
 
 class Launch(NamedTuple):
@@ -63,12 +78,16 @@ class _StandIn:
         return lambda *args, **options: self.run(Launch(self.kernel, grid, args, options))
 
 
-def catch_launches(monkeypatch, target, run):
-    """Have the launchers believe in `target`'s kind of GPU, and hand every Launch to `run` instead."""
+def catch_launches(monkeypatch, target, run, sm_count=1):
+    """Have the launchers believe in `target` with so many multiprocessors, and hand every Launch to `run`."""
+    told = {
+        "TARGET": TARGETS[target].backend,
+        "arch": lambda device: target,
+        "sm_count": lambda device: sm_count,
+    }
     for module in LAUNCHERS:
-        for name, value in (("TARGET", TARGETS[target].backend), ("arch", lambda device: target)):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, value)
+        for name in told.keys() & vars(module).keys():
+            monkeypatch.setattr(module, name, told[name])
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction) and name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, _StandIn(value, run))

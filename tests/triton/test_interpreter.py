@@ -22,17 +22,24 @@ def run_interpreted(*arguments):
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
 
 
-def test_norms():
+def test_kernels():
     run_interpreted("tests/triton/interpreted", "-m", "not slow")
 
 
 @pytest.mark.slow
-def test_slow_norms():
+def test_kernels_at_length():
     run_interpreted("tests/triton/interpreted", "-m", "slow")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chosen", ("tests/ops/test_norm.py", "tests/ops/test_dropout.py"))
-def test_the_operators_contract(chosen):
+@pytest.mark.parametrize(
+    "chosen, names",
+    [
+        ("tests/ops/test_norm.py", "norm"),
+        ("tests/ops/test_dropout.py", "norm or feed_forward or recompute"),
+        ("tests/ops/test_feed_forward.py", "feed_forward"),
+    ],
+)
+def test_the_operators_contract(chosen, names):
     """The tests of every backend, on this one: slow for its 65539 columns in every dtype."""
-    run_interpreted("-p", "tests.triton.contract_plugin", chosen, "-k", "norm and triton")
+    run_interpreted("-p", "tests.triton.contract_plugin", chosen, "-k", f"({names}) and triton")
