@@ -41,7 +41,8 @@ def _interpreting() -> bool:
 
 @functools.cache
 def _device_refusal(device: torch.device) -> str | None:
-    if torch.version.hip:
+    # Where torch sees no GPU only fake tensors are on one: nothing runs, and who will run it cannot be asked.
+    if torch.version.hip or not torch.cuda.is_available():
         return None
     capability = torch.cuda.get_device_capability(device)
     if capability < _OLDEST_CAPABILITY:
@@ -59,27 +60,33 @@ def ready() -> str | None:
     return _device_refusal(torch.device("cuda", torch.cuda.current_device()))
 
 
+@raw_ops.constant_in_graphs
+def _unusable(device: torch.device) -> str | None:
+    """None where tensors on `device` can be served, else the reason why not."""
+    missing = _missing_triton()
+    if missing is not None:
+        return missing
+    if device.type == "cuda":
+        return None if _interpreting() else _device_refusal(device)
+    if device.type != "cpu":
+        return f"it serves CUDA and HIP tensors, not {device.type}"
+    return (
+        None if _interpreting() else "it serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"
+    )
+
+
 def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
     """None if `op` on these tensors can be served, else the reason in one sentence."""
     if op not in _SERVED:
         return f"it has no {op} yet"
-    missing = _missing_triton()
-    if missing is not None:
-        return missing
-    refusal = raw_ops.dtype_refusal(tensors)
-    if refusal is not None:
-        return refusal
     first = tensors[0]
     assert first is not None
+    refusal = _unusable(first.device) or raw_ops.dtype_refusal(tensors)
+    if refusal is not None:
+        return refusal
     if first.numel() > _MAX_ROWS * first.shape[-1]:
         return f"its kernels take at most {_MAX_ROWS} rows"
-    if first.device.type == "cuda":
-        return None if _interpreting() else _device_refusal(first.device)
-    if first.device.type != "cpu":
-        return f"it serves CUDA and HIP tensors, not {first.device.type}"
-    return (
-        None if _interpreting() else "it serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"
-    )
+    return None
 
 
 norm_fwd = partial(raw_ops.norm_fwd, "triton")
