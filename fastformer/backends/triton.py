@@ -89,6 +89,16 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
     return None
 
 
+def configuration(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """The tiles that `op`, which is served, chooses for these tensors, those of forward for backward too."""
+    from ..triton_kernels import chosen
+
+    x, residual, *_ = tensors
+    assert x is not None
+    tile = chosen.norm_tile(op, x, residual)
+    return None if tile is None else ", ".join(f"{name}={value}" for name, value in tile._asdict().items())
+
+
 norm_fwd = partial(raw_ops.norm_fwd, "triton")
 norm_bwd = partial(raw_ops.norm_bwd, "triton")
 
