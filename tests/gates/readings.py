@@ -71,15 +71,18 @@ def _tile(launch: Launch) -> str:
 
 
 def read(case: Case, target: str) -> list[Reading]:
-    """A reading for each kernel that the case launches."""
+    """A reading for each kernel that the case launches, one for those that Triton compiles once."""
     launches: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch:
         catch_launches(patch, target, launches.append)
         case.call()
     assert launches, f"{case.op}, {case.name}: nothing was launched"
-    readings = []
+    readings, seen = [], set()
     for launch in launches:
         compiled, _ = compile_launch(launch, target)
+        if compiled.hash in seen:
+            continue
+        seen.add(compiled.hash)
         loop = _hot_loop(compiled.asm["cubin"]) if "cubin" in compiled.asm else None
         kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
         place = target, case.op, case.name, case.gated_dim, kernel, _tile(launch)
