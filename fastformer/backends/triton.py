@@ -91,12 +91,14 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
 
 def configuration(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
     """The tiles that `op`, which is served, chooses for these tensors, those of forward for backward too."""
-    from ..triton_kernels import chosen
+    from ..triton_kernels.chosen import TILES
 
-    x, residual, *_ = tensors
-    assert x is not None
-    tile = chosen.norm_tile(op, x, residual)
-    return None if tile is None else ", ".join(f"{name}={value}" for name, value in tile._asdict().items())
+    if op not in TILES or any(tensor is not None and tensor.numel() == 0 for tensor in tensors):
+        return None
+    return "; ".join(
+        (f"{kernel}: " if kernel else "") + ", ".join(f"{n}={value}" for n, value in tile._asdict().items())
+        for kernel, tile in TILES[op](spec, *tensors).items()
+    )
 
 
 norm_fwd = partial(raw_ops.norm_fwd, "triton")

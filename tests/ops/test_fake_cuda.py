@@ -1,6 +1,7 @@
 """Calls on CUDA tensors traced where no GPU is: the Triton backend is chosen, and nothing runs.
 
-Without gradients, because torch's autograd ends the process at a CUDA tensor that it has no GPU for.
+Without gradients, because torch's autograd ends the process at a CUDA tensor that it has no GPU for, and
+without arguments that are indexed on the way, which it refuses.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ CALLS = {
         lambda n: (
             *(((2, H, m, D), BF16) for m in (n, 3 * n, 3 * n)),
             ((2, 1, n, 3 * n), torch.bool),
-            ((H, n, 3 * n), BF16),
+            ((1, H, n, 3 * n), BF16),
         ),
     ),
     "norm": (
