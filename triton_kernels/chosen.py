@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,4 +31,6 @@ def _norm_tiles(
 
 # {operator and direction: (what is asked, tensors of the call) -> {kernel, where there are several: tile}}.
 # Backward's is that of contiguous incoming gradients.
-TILES = {op: partial(_norm_tiles, op) for op in ("norm_fwd", "norm_bwd")}
+TILES: dict[str, Callable[..., dict[str, NamedTuple]]] = {
+    op: partial(_norm_tiles, op) for op in ("norm_fwd", "norm_bwd")
+}

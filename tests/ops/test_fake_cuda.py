@@ -31,9 +31,9 @@ H, D, E, F = 4, 16, 24, 40
 BF16, F32 = torch.bfloat16, torch.float32
 
 
-def attention(q, k, v, mask, bias):
-    more = {"causal": "lower_right", "mask": mask, "bias": bias, "return_lse": True}
-    return fastformer.attention(q, k, v, **more, dropout_p=0.1, seed=7)
+def attention(q, k, v, mask, bias, seed):
+    more = {"mask": mask, "bias": bias, "dropout_p": 0.1, "seed": seed}
+    return fastformer.attention(q, k, v, causal="lower_right", return_lse=True, **more)
 
 
 def feed_forward(x, w1, w2, w_gate):
@@ -48,6 +48,7 @@ CALLS = {
             *(((2, H, m, D), BF16) for m in (n, 3 * n, 3 * n)),
             ((2, 1, n, 3 * n), torch.bool),
             ((1, H, n, 3 * n), BF16),
+            ((1,), torch.int64),
         ),
     ),
     "norm": (
