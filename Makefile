@@ -23,13 +23,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests and benchmarks use models that lie on the disk; nothing may wait for a network.
 offline := HF_HUB_OFFLINE=1
 
-.PHONY: test bench build setup lint format wheel sanitize sanitize-address sanitize-thread clean
+.PHONY: test bench gates build setup lint format wheel sanitize sanitize-address sanitize-thread clean
 
 test: build
 	$(offline) $(PY) -m pytest $(ARGS)
 
 bench: build
 	$(offline) $(PY) -m benchmarks $(ARGS)
+
+# Registers, spills and instruction mix of every kernel configuration, compiled for every GPU; an hour at first.
+gates: setup
+	$(PY) -m tests.gates $(ARGS)
 
 # ninja decides what is stale; this only asks it.
 build: setup

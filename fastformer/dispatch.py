@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +17,9 @@ from .specs import TENSORS
 
 # In the order in which "auto" asks.
 BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
+
+# Of the backends that can tell: which of its configurations serves a call.
+_CONFIGURATION = {"triton": triton.configuration}
 
 # Triton's interpreter serves CPU tensors too, but only a caller who names it wants that.
 _ON_CPU = (cpu, reference)
@@ -98,11 +101,15 @@ def backend_name(module: ModuleType) -> str:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What would run a call: per direction ("norm_fwd"), the backend, and each refusal with its reason."""
+    """What would run a call: per direction ("norm_fwd"), the backend, and each refusal with its reason.
+
+    configurations: Per direction, the tiles that the backend chooses, where it can tell.
+    """
 
     backends: dict[str, str]
     refusals: dict[str, dict[str, str]]
     notes: tuple[str, ...] = ()
+    configurations: dict[str, str] = field(default_factory=dict)
 
     @property
     def backend(self) -> str:
@@ -112,7 +119,8 @@ class Explanation:
     def __str__(self) -> str:
         lines = []
         for op, backend in self.backends.items():
-            lines.append(f"{op}: {backend}")
+            chosen = self.configurations.get(op)
+            lines.append(f"{op}: {backend}" if chosen is None else f"{op}: {backend} ({chosen})")
             lines += [f"  not {name}: {reason}" for name, reason in self.refusals[op].items()]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
@@ -152,4 +160,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         and tensor.shape[-1] > 1
         and tensor.stride(-1) not in (0, 1)
     )
-    return Explanation(backends, refusals, notes)
+    configurations = {
+        direction: chosen
+        for direction, name in backends.items()
+        if name in _CONFIGURATION and (chosen := _CONFIGURATION[name](direction, spec, tensors)) is not None
+    }
+    return Explanation(backends, refusals, notes, configurations)

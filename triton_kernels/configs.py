@@ -30,7 +30,7 @@ _WHOLE_ROWS = {
     # input. One warp up to 1024 columns, because its reductions are shuffles and wait for no barrier. At 16
     # elements ptxas aims at 48 registers on sm_90, and with mixed dtypes spills 8 bytes to get there.
     "norm_fwd": {
-        8: (128, 1),
+        8: (64, 1),
         16: (64, 1),
         32: (32, 1),
         64: (16, 1),
@@ -60,6 +60,9 @@ _WHOLE_ROWS = {
         8192: (1, 16),
     },
 }
+# The fewest warps where rows are not aligned. Their elements are loaded one by one, each from an address of its
+# own, and ptxas stops short of 255 registers: twice the elements a thread spill 8 to 32 bytes on sm_86, 89, 120.
+_UNALIGNED_WARPS = {"norm_fwd": 2, "norm_bwd": 8}
 _WIDE = {
     "norm_fwd": NormConfig(1, 8192, 16, True),
     # 16 rows share a row of partial sums. With 512 columns in 16 warps float32 spills at 128 registers.
@@ -81,6 +84,8 @@ def norm_config(target: str, op: str, width: int, align: int) -> NormConfig:
     block_c = max(8, 1 << (width - 1).bit_length())  # dropout decides eight columns at a time
     if block_c < max(tiles) or (block_c == max(tiles) and align == 8):
         rows, num_warps = tiles[block_c]
+        if align < 8:
+            num_warps = max(num_warps, _UNALIGNED_WARPS[op])
         config = NormConfig(rows, block_c, num_warps, False)
     else:
         config = _WIDE[op]

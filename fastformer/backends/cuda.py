@@ -71,6 +71,11 @@ def _device_refusal(device: torch.device) -> str | None:
     )
 
 
+@raw_ops.constant_in_graphs
+def _unusable(device: torch.device) -> str | None:
+    return ready() or _device_refusal(device)
+
+
 def _covers(archs: list[str], capability: tuple[int, int]) -> bool:
     """Whether code for `archs` ("8.0", "9.0a", "12.0+PTX") runs on `capability`.
 
@@ -97,10 +102,7 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
     assert first is not None
     if first.device.type != "cuda":
         return f"it serves CUDA tensors, not {first.device.type}"
-    reason = ready() or _device_refusal(first.device)
-    if reason is not None:
-        return reason
-    refusal = raw_ops.dtype_refusal(tensors)
+    refusal = _unusable(first.device) or raw_ops.dtype_refusal(tensors)
     if refusal is not None:
         return refusal
     columns = first.shape[-1]

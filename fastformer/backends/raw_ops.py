@@ -6,7 +6,8 @@ arguments here and nowhere else.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,16 @@ from torch import Tensor
 from ..specs import AttentionSpec, FeedForwardSpec, NormSpec
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: _Function) -> _Function:
+    """Have torch.compile call `function` and keep its result: it can trace nothing of what devices, drivers
+    and the extension are asked. torch.compiler.assume_constant_result, but that imports all of Dynamo here."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def dtype_refusal(tensors: tuple[Tensor | None, ...]) -> str | None:

@@ -69,7 +69,7 @@ def run(operator: Operator, spec: Any, tensors: Tensors, backend: str | None) ->
             return run(operator, spec, tensors, backend)
     name = requested(backend)
     forward = choose(operator.name + "_fwd", spec, tensors, name)
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    transformed = torch._C._are_functorch_transforms_active()
     # Dynamo can trace neither Function under vmap of grad.
     if forward is reference or _forward_mode() or (transformed and torch.compiler.is_compiling()):
         return operator.composition(spec, tensors)

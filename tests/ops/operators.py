@@ -154,3 +154,10 @@ OPERATORS = {
 
 def as_tuple(outputs):
     return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
+
+
+def called_operators(*graphs):
+    """Names of everything that compiled graphs call, those nested in them too."""
+    modules = (module for graph in graphs for module in graph.modules())
+    nested = (module for module in modules if isinstance(module, torch.fx.GraphModule))
+    return {str(node.target) for module in nested for node in module.graph.nodes}

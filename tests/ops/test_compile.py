@@ -13,7 +13,8 @@ import fastformer
 from fastformer.testing import assert_as_accurate, attention_inputs, outputs_and_gradients
 
 from . import plain
-from .operators import OPERATORS, as_tuple
+from .judging import HAS_EXTENSION
+from .operators import OPERATORS, as_tuple, called_operators
 
 # A compilation takes seconds, so every run compiles one operator of each kind, and -m slow all of them.
 SOME = (
@@ -90,6 +91,9 @@ def test_another_shape_compiles_nothing_new(name, grad):
             sum(out.sum() for out in found).backward()
         compiled_once = compiled_once or counter.frame_count
     assert counter.frame_count == compiled_once
+    if HAS_EXTENSION:
+        operator = name if name in ("attention", "feed_forward") else "norm"
+        assert f"fastformer.{operator}_fwd_cpu.default" in called_operators(*counter.graphs)
 
 
 def test_a_block_under_inductor():

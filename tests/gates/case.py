@@ -1,0 +1,14 @@
+"""One call of a launcher: what the gates compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Case(NamedTuple):
+    op: str  # one direction of an operator: "norm_fwd"
+    name: str  # unique among the operator's
+    call: Callable[[], Any]  # runs the launcher on tensors without memory
+    # The head dim that limits.py is asked about; None where only the spill gate binds.
+    gated_dim: int | None = None

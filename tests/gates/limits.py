@@ -1,0 +1,118 @@
+"""What a kernel's figures must keep to, and those of the best shipped binaries beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tests.triton.offline import SHARED_LIMIT
+
+from .readings import Reading
+
+# Bytes a thread that a configuration may spill: none, but where configs.py tells a measured reason.
+MOST_SPILLED = 0
+EXCUSED_SPILLS: dict[tuple[str, str], int] = {}
+
+
+class Limits(NamedTuple):
+    """Of an operator's plain bfloat16 call; with masks, bias or dropout only the spill gate binds."""
+
+    most_nt: float = float("inf")
+    least_w1: float = 0.0
+
+
+# {(operator and direction, target, head dim)}
+LIMITS = {
+    ("attention_fwd", "sm_90", 128): Limits(most_nt=2.1, least_w1=0.70),
+    ("attention_fwd", "sm_90", 64): Limits(least_w1=0.45),
+    ("attention_fwd", "sm_80", 64): Limits(most_nt=3.6, least_w1=0.60),
+    ("attention_bwd", "sm_80", 128): Limits(most_nt=1.8),
+}
+
+
+class Anchor(NamedTuple):
+    """Figures read off a shipped binary, bfloat16, no mask."""
+
+    name: str
+    spilling: str  # instructions that spill
+    nt: float
+    serial: float
+    w1: float
+
+
+ANCHORS = {
+    ("attention_fwd", "sm_80", 128): [
+        Anchor("FlashAttention-2 in PyTorch 2.14.1", "30", 3.64, 0.68, 0.58),
+        Anchor("flash-attn 2.8.3", "68", 2.6, 0.76, 0.60),
+    ],
+    ("attention_fwd", "sm_80", 64): [
+        Anchor("FlashAttention-2 in PyTorch 2.14.1", "70", 5.49, 0.58, 0.53),
+        Anchor("flash-attn 2.8.3", "153", 3.63, 0.66, 0.51),
+    ],
+    ("attention_fwd", "sm_90", 128): [
+        Anchor("FlashAttention-3", "6", 1.65, 0.66, 0.65),
+        Anchor("plain Triton", "0", 1.91, 0.66, 0.54),
+    ],
+    ("attention_fwd", "sm_90", 64): [Anchor("FlashAttention-3", "6", 3.24, 0.47, 0.42)],
+    ("attention_bwd", "sm_80", 128): [
+        Anchor("FlashAttention-2 in PyTorch 2.14.1", "33", 2.2, 0.74, 0.52),
+        Anchor("flash-attn 2.8.3", "33", 1.8, 0.77, 0.54),
+    ],
+    ("attention_bwd", "sm_80", 64): [
+        Anchor("FlashAttention-2 in PyTorch 2.14.1", "56", 3.3, 0.64, 0.45),
+        Anchor("flash-attn 2.8.3", "48", 2.5, 0.69, 0.49),
+    ],
+    ("attention_bwd", "sm_90", 128): [Anchor("FlashAttention-3", "0-3", 1.2, 0.77, 0.77)],
+    ("attention_bwd", "sm_90", 64): [Anchor("FlashAttention-3", "0", 2.1, 0.60, 0.67)],
+}
+
+# Products of matrices that an operator's meaning asks for, for each pair of a query and a key; and those that
+# each kernel's hot loop runs, recomputed ones too.
+USEFUL_PRODUCTS = {"attention_fwd": 2, "attention_bwd": 5}
+RUN_PRODUCTS = {"attention_fwd": 2}
+
+
+class Useful(NamedTuple):
+    """Figures of all of a call's kernels together, per product that is useful: what is computed twice counts
+    against the kernels, and does not flatter them."""
+
+    nt: float
+    serial: float
+    w1: float
+
+
+def useful(op: str, readings: Sequence[Reading]) -> Useful | None:
+    """None where the operator has no count of useful products, or nothing runs on tensor cores."""
+    loops = [(RUN_PRODUCTS[r.kernel], r.loop) for r in readings if r.kernel in RUN_PRODUCTS and r.loop]
+    wanted = USEFUL_PRODUCTS.get(op)
+    if wanted is None or not loops or any(loop.tensor == 0 for _, loop in loops):
+        return None
+    return Useful(
+        sum(products * loop.nt for products, loop in loops) / wanted,
+        wanted / sum(products / loop.serial for products, loop in loops),
+        wanted / sum(products / loop.w1 for products, loop in loops),
+    )
+
+
+def misses(readings: Sequence[Reading]) -> list[str]:
+    """Sentences on what the kernels of one case and target take or do beyond their limits."""
+    first = readings[0]
+    found = []
+    for reading in readings:
+        allowed = EXCUSED_SPILLS.get((reading.kernel, reading.tile), MOST_SPILLED)
+        if reading.spilled > allowed:
+            found.append(f"{reading.kernel} spills {reading.spilled} bytes a thread; {allowed} allowed")
+        if reading.shared > SHARED_LIMIT[reading.target]:
+            limit = SHARED_LIMIT[reading.target]
+            found.append(f"{reading.kernel} takes {reading.shared} bytes of shared memory of {limit}")
+    limits = LIMITS.get((first.op, first.target, first.gated_dim))
+    if limits is None:
+        return found
+    figures = useful(first.op, readings)
+    if figures is None:
+        return [*found, "no product on tensor cores"]
+    if figures.nt > limits.most_nt:
+        found.append(f"nt is {figures.nt:.2f}; at most {limits.most_nt} allowed")
+    if figures.w1 < limits.least_w1:
+        found.append(f"w1 is {figures.w1:.2f}; at least {limits.least_w1} wanted")
+    return found

@@ -1,0 +1,96 @@
+"""Compiles cases for a target without its chip, and reads what their kernels take and do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.triton.offline import Launch, catch_launches, compile_launch, resources
+
+from . import hot_loop, sass
+from .case import Case
+from .hot_loop import HotLoop
+from .norm_cases import norm_cases
+
+# {operator and direction: what yields its cases, given a target}. An operator joins with one entry.
+CASES: dict[str, Callable[[str], Iterator[Case]]] = {
+    "norm_fwd": partial(norm_cases, "norm_fwd"),
+    "norm_bwd": partial(norm_cases, "norm_bwd"),
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One kernel of one case, compiled for one target."""
+
+    target: str
+    op: str
+    case: str
+    gated_dim: int | None
+    kernel: str
+    tile: str  # its constants and warps
+    registers: int
+    spilled: int  # bytes a thread
+    shared: int  # bytes a program
+    loop: HotLoop | None  # None but on NVIDIA's chips
+
+
+# Disassembling takes longer than loading from Triton's own cache, so what was read is kept as well.
+_CACHE = Path(__file__).parents[2] / "build" / "gates"
+
+
+def _model_version() -> bytes:
+    """A changed model or parser reads everything anew."""
+    return b"".join(Path(module.__file__).read_bytes() for module in (sass, hot_loop))
+
+
+def _hot_loop(cubin: bytes) -> HotLoop:
+    key = hashlib.sha256(_model_version() + cubin).hexdigest()
+    kept = _CACHE / f"{key}.json"
+    if kept.exists():
+        return HotLoop(**json.loads(kept.read_text()))
+    found = hot_loop.hot_loops(*sass.parse(sass.disassemble(cubin)))[0]
+    _CACHE.mkdir(parents=True, exist_ok=True)
+    # Written under another name first, because two processes may read the same kernel.
+    written = kept.with_suffix(f".{os.getpid()}")
+    written.write_text(json.dumps(asdict(found)))
+    written.replace(kept)
+    return found
+
+
+def _tile(launch: Launch) -> str:
+    named = {name: value for name, value in launch.options.items() if name != "enable_fp_fusion"}
+    return " ".join(f"{name}={value}" for name, value in named.items())
+
+
+def read(case: Case, target: str) -> list[Reading]:
+    """A reading for each kernel that the case launches, one for those that Triton compiles once."""
+    launches: list[Launch] = []
+    with pytest.MonkeyPatch.context() as patch:
+        catch_launches(patch, target, launches.append)
+        case.call()
+    assert launches, f"{case.op}, {case.name}: nothing was launched"
+    readings, seen = [], set()
+    for launch in launches:
+        compiled, _ = compile_launch(launch, target)
+        if compiled.hash in seen:
+            continue
+        seen.add(compiled.hash)
+        loop = _hot_loop(compiled.asm["cubin"]) if "cubin" in compiled.asm else None
+        kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+        place = target, case.op, case.name, case.gated_dim, kernel, _tile(launch)
+        readings.append(Reading(*place, *resources(compiled), loop))
+    return readings
+
+
+def read_place(place: tuple[str, str, int]) -> list[Reading]:
+    """`read` of (operator and direction, target, the case's number): what can be sent to another process."""
+    op, target, number = place
+    return read(list(CASES[op](target))[number], target)

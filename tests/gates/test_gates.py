@@ -1,0 +1,129 @@
+"""The gates themselves: a few configurations in every run, all of them with -m slow or `make gates`."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.triton.offline import SHARED_LIMIT, TARGETS
+
+from .__main__ import main
+from .hot_loop import HotLoop
+from .limits import LIMITS, RUN_PRODUCTS, misses, useful
+from .readings import CASES, Reading, read
+
+# (operator and direction, target, case).
+SOME = [
+    ("norm_fwd", "sm_90", "C=1024 align=8 bfloat16"),
+    ("norm_bwd", "sm_90", "C=8192 align=8 mixed dropout"),
+    ("norm_bwd", "sm_80", "C=1024 align=8 float32 dropout"),
+    ("norm_fwd", "sm_120", "C=16384 align=1 float32 dropout"),
+    ("norm_fwd", "gfx942", "C=64 align=8 bfloat16 dropout"),
+    ("norm_bwd", "gfx950", "C=16384 align=8 float16 rms"),
+]
+
+
+def case_of(op, target, name):
+    (case,) = (case for case in CASES[op](target) if case.name == name)
+    return case
+
+
+@pytest.mark.parametrize("op, target, name", SOME)
+def test_some_configurations_keep_to_their_limits(record_property, op, target, name):
+    readings = read(case_of(op, target, name), target)
+    for reading in readings:
+        record_property(f"{target} {reading.kernel} {name}", str(reading))
+    assert misses(readings) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("op", CASES)
+def test_every_configuration_keeps_to_its_limits(op, target):
+    missed = {case.name: found for case in CASES[op](target) if (found := misses(read(case, target)))}
+    assert not missed
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_cases_are_found_by_their_names(op):
+    for target in TARGETS:
+        names = [case.name for case in CASES[op](target)]
+        assert names and len(set(names)) == len(names)
+
+
+def test_a_reading_tells_what_was_launched():
+    forward = read(case_of("norm_fwd", "sm_80", "C=64 align=8 bfloat16"), "sm_80")
+    assert [(r.kernel, r.tile) for r in forward] == [("norm_fwd", "ALIGN=8 ROWS=16 BLOCK_C=64 num_warps=1")]
+    assert 32 < forward[0].registers < 256 and forward[0].loop.bytes_per_slot > 0
+    backward = read(case_of("norm_bwd", "gfx942", "C=64 align=8 bfloat16"), "gfx942")
+    assert [r.kernel for r in backward] == ["norm_bwd", "column_sum"]
+    assert backward[0].loop is None and backward[0].registers > 8
+
+
+LOOP = HotLoop(
+    instructions=100, mix={"tensor": 30}, kflop=1.0, nt=2.0, bytes_per_slot=0.0, cycles={}, solo=1.0,
+    bound=1.0, serial=0.6, w1=0.7, w2=0.8,
+)  # fmt: skip
+
+
+def reading(op="attention_fwd", target="sm_90", dim=128, kernel="attention_fwd", **more):
+    given = {"registers": 255, "spilled": 0, "shared": 0, "loop": LOOP}
+    return Reading(target, op, "case", dim, kernel, "tile", **{**given, **more})
+
+
+@pytest.mark.parametrize(
+    "more, sentence",
+    [
+        ({}, None),
+        ({"spilled": 4}, "attention_fwd spills 4 bytes a thread; 0 allowed"),
+        ({"shared": SHARED_LIMIT["sm_90"]}, None),
+        ({"shared": SHARED_LIMIT["sm_90"] + 1}, "shared memory"),
+        ({"loop": HotLoop(**{**vars(LOOP), "nt": 2.11})}, "nt is 2.11; at most 2.1 allowed"),
+        ({"loop": HotLoop(**{**vars(LOOP), "w1": 0.69})}, "w1 is 0.69; at least 0.7 wanted"),
+        ({"loop": HotLoop(**{**vars(LOOP), "mix": {}})}, "no product on tensor cores"),
+        # Only the spill gate binds a call that is not the plain one.
+        ({"dim": None, "loop": HotLoop(**{**vars(LOOP), "nt": 9.0, "w1": 0.1})}, None),
+    ],
+)
+def test_misses(more, sentence):
+    found = misses([reading(**more)])
+    assert len(found) == (sentence is not None)
+    assert sentence is None or sentence in found[0]
+
+
+def test_what_is_computed_twice_counts_against_the_kernels(monkeypatch):
+    """Backward needs five products; two kernels that run four and three of them are charged with seven."""
+    monkeypatch.setitem(RUN_PRODUCTS, "first", 4)
+    monkeypatch.setitem(RUN_PRODUCTS, "second", 3)
+    both = [reading("attention_bwd", "sm_80", kernel=kernel) for kernel in ("first", "second", "delta")]
+    found = useful("attention_bwd", both)
+    assert found.nt == pytest.approx(2.0 * 7 / 5)
+    assert found.serial == pytest.approx(0.6 * 5 / 7)
+    assert found.w1 == pytest.approx(0.7 * 5 / 7)
+    assert LIMITS["attention_bwd", "sm_80", 128].most_nt == 1.8
+    (sentence,) = misses(both)
+    assert "nt is 2.80" in sentence
+
+
+def test_the_command_fails_on_a_miss(monkeypatch, capsys):
+    spilling = reading("norm_fwd", "sm_90", None, "norm_fwd", spilled=8)
+    places = []
+
+    class Here:
+        def __init__(self, *arguments):
+            pass
+
+        __enter__ = lambda self: self
+        __exit__ = lambda self, *error: None
+
+        def map(self, read_place, sent, chunksize):
+            places.extend(sent)
+            return [[spilling]] * (len(sent) - 1) + [[reading("norm_fwd", "sm_90", None, "norm_fwd")]]
+
+    monkeypatch.setattr("tests.gates.__main__.ProcessPoolExecutor", Here)
+    assert main(["--op", "norm_fwd", "--target", "sm_90", "--case", "C=64 align=8 b"]) == 1
+    printed = capsys.readouterr().out
+    assert len(places) == 2 and printed.count("MISSED: norm_fwd spills 8 bytes") == 1
+    assert "2 cases, 2 kernels; 1 cases miss a limit" in printed
+    assert main(["--op", "norm_fwd", "--target", "sm_90", "--case", "C=64 align=8 bfloat16 dropout"]) == 0

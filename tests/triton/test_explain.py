@@ -1,0 +1,70 @@
+"""`explain` tells the tiles of a call before it runs: they are those that its launchers then launch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import fastformer
+from fastformer.backends import triton as backend
+from fastformer.testing import outputs_and_gradients
+
+from .offline import catch_launches
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What is launched, in place of running it, by calls on CPU tensors."""
+    caught = []
+    catch_launches(monkeypatch, "sm_80", caught.append)
+    monkeypatch.setattr(backend, "_interpreting", lambda: True)
+    return caught
+
+
+def described(launch):
+    constants = launch.options
+    wide = "wide" in launch.kernel.__name__
+    return f"rows={constants['ROWS']}, block_c={constants['BLOCK_C']}, num_warps={constants['num_warps']}, wide={wide}"
+
+
+def matrix(rows, C, stride, dtype=torch.bfloat16):
+    return torch.zeros(rows, stride, dtype=dtype)[:, :C]
+
+
+@pytest.mark.parametrize(
+    "x, residual",
+    [
+        (matrix(4, 1000, 1000), matrix(4, 1000, 1000)),
+        (matrix(4, 1000, 1001), matrix(4, 1000, 1000)),
+        (matrix(4, 1000, 1000), matrix(4, 1000, 1004)),
+        (matrix(9, 64, 65), None),
+        (matrix(9, 64, 72), None),
+        (matrix(2, 20000, 20000), None),
+        (matrix(64, 9, 9).t()[:, ::2], None),
+    ],
+    ids=lambda t: "none" if t is None else f"{list(t.shape)} {list(t.stride())}",
+)
+def test_tiles_of_a_norm_are_those_launched(launches, x, residual):
+    def call(x, residual=None, backend="triton"):
+        if residual is None:
+            return fastformer.rms_norm(x, x.shape[-1:], backend=backend)
+        return fastformer.add_norm(x, residual, backend=backend)
+
+    inputs = {"x": x} if residual is None else {"x": x, "residual": residual}
+    explanation = fastformer.explain(call, **inputs)
+    assert not launches
+    outputs_and_gradients(call, **{name: t.detach().requires_grad_() for name, t in inputs.items()})
+    forward, backward = launches
+    assert forward.kernel.__name__.startswith("_norm_fwd")
+    assert explanation.configurations == {"norm_fwd": described(forward), "norm_bwd": described(backward)}
+    assert f"norm_fwd: triton ({described(forward)})\n" in str(explanation)
+
+
+def test_nothing_is_told_of_an_empty_call_or_of_another_backend(launches):
+    call = fastformer.layer_norm
+    assert fastformer.explain(call, torch.zeros(0, 8), (8,), backend="triton").configurations == {}
+    explanation = fastformer.explain(call, torch.zeros(2, 8), (8,))
+    assert explanation.configurations == {} and "(" not in str(explanation).splitlines()[0]
+    assert not launches
