@@ -142,7 +142,7 @@ feed_forward_bwd = partial(raw_ops.feed_forward_bwd, "triton")
 @functools.cache
 def _launcher(op: str) -> Callable[..., Any]:
     module = importlib.import_module(f"..triton_kernels.{_LAUNCHERS[op]}", __package__)
-    return getattr(module, op)  # type: ignore[no-any-return]
+    return getattr(module, op)
 
 
 def _launch(op: str, *args: Any) -> Any:
