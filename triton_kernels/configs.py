@@ -60,8 +60,9 @@ _WHOLE_ROWS = {
         8192: (1, 16),
     },
 }
-# The fewest warps where rows are not aligned. Their elements are loaded one by one, each from an address of its
-# own, and ptxas stops short of 255 registers: twice the elements a thread spill 8 to 32 bytes on sm_86, 89, 120.
+# The fewest warps where rows are not aligned. Their elements are loaded one by one, each from an address of
+# its own, and ptxas stops short of 255 registers: twice the elements a thread spill 8 to 32 bytes on sm_86,
+# 89 and 120.
 _UNALIGNED_WARPS = {"norm_fwd": 2, "norm_bwd": 8}
 _WIDE = {
     "norm_fwd": NormConfig(1, 8192, 16, True),

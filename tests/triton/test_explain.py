@@ -26,7 +26,8 @@ def launches(monkeypatch):
 def described(launch):
     constants = launch.options
     wide = "wide" in launch.kernel.__name__
-    return f"rows={constants['ROWS']}, block_c={constants['BLOCK_C']}, num_warps={constants['num_warps']}, wide={wide}"
+    rows, columns = constants["ROWS"], constants["BLOCK_C"]
+    return f"rows={rows}, block_c={columns}, num_warps={constants['num_warps']}, wide={wide}"
 
 
 def matrix(rows, C, stride, dtype=torch.bfloat16):
