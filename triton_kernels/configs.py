@@ -274,7 +274,7 @@ _WGMMA = (
 )
 # FMA of float32: 13 or 11 FFMA to a 16-byte load of shared memory. The two sums of a gate and of the chunk
 # that is being added up take eight warps: four spill 190 bytes.
-_FMA = (GemmConfig(128, 128, 16, 8, 2, 1, 0.9), GemmConfig(64, 64, 16, 4, 3, 2, 0.8))
+_FMA = (GemmConfig(128, 128, 16, 8, 2, 1, 0.9), GemmConfig(64, 64, 16, 4, 2, 2, 0.8))
 _FMA_GATED = (GemmConfig(64, 64, 16, 8, 2, 2, 0.7),)
 
 # {family of targets: {bytes of an element: {kind of product, "" for any other: tiles}}}
