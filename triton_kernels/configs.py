@@ -151,6 +151,9 @@ _PLAIN = {
         256: (AttentionFwdConfig(64, 32, 8, 2, 2, False),) * 3,
     },
 }
+# ptxas spills 32 bytes and more with 4 warps there.
+for _target in ("sm_86", "sm_89", "sm_120"):
+    _PLAIN[_target] = _PLAIN["sm_80"] | {64: (AttentionFwdConfig(128, 64, 8, 2, 2, False),) * 3}
 # The same for calls with more in a score's way, whose tiles need registers for it, and for float32, whose
 # products take no tensor cores.
 _MORE = {
@@ -183,6 +186,8 @@ def attention_fwd_config(
         config = _PLAIN.get(target, _PLAIN["sm_80"])[width][sides]
     else:
         config = _MORE[width]
-    if M > _FEW_QUERIES:
-        return config
-    return config._replace(block_m=16, num_warps=8 if itemsize == 4 else 4, ahead=False)
+    if M <= _FEW_QUERIES:
+        config = config._replace(block_m=16, num_warps=8 if itemsize == 4 else 4, ahead=False)
+    if target.startswith("gfx") and config.num_warps == 8:
+        config = config._replace(num_warps=4)  # of 64 threads, with up to 512 registers each
+    return config
