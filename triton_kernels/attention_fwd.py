@@ -223,7 +223,9 @@ def _attention_fwd_kernel(
     Programs are (tile of a split, head, batch element from first_b on).
     """
     FUSED: tl.constexpr = is_fused(call)
-    split, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    tile = tl.program_id(0)
+    if shares is not None:
+        tile = tile % tiles
     if right is not None:
         tile = tiles - 1 - tile  # the longest rows first, so that none is left over at the end
     b, h = first_b + tl.program_id(2), tl.program_id(1)
@@ -245,6 +247,7 @@ def _attention_fwd_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     begin, full_begin, full_end, end = key_blocks(head, m0, BLOCK_M, BLOCK_N)
     if shares is not None:
+        split = tl.program_id(0) // tiles
         share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), splits) * BLOCK_N
         begin = tl.minimum(begin + split * share, end)
         end = tl.minimum(begin + share, end)
@@ -276,6 +279,7 @@ def _attention_fwd_kernel(
     if shares is None:
         _finish_rows(call, head, out, stats, acc, row_max, row_sum, m0, D_v)
     else:
+        split = tl.program_id(0) // tiles
         at = head.b * stats.stride_b + head.h * stats.stride_h + head.first_query + split * shares.rows
         tl.store(shares.max_ptr + at + offs_m, row_max, mask=in_rows)
         tl.store(shares.sum_ptr + at + offs_m, row_sum, mask=in_rows)
@@ -346,9 +350,10 @@ def attention_fwd(
 
 def _config(call: AttentionCall, target: str) -> AttentionFwdConfig:
     width = call.widest
-    config = attention_fwd_config(target, call.dtype.itemsize, width, call.is_plain, call.M)
+    sides = sum(side is not None for side in call.sizes[4:6])
+    config = attention_fwd_config(target, call.dtype.itemsize, width, call.is_plain, sides, call.M)
     if config.ahead and not all(_fits_descriptor(rows) for rows in call.tensors[:3]):
-        config = attention_fwd_config(target, call.dtype.itemsize, width, False, call.M)
+        config = attention_fwd_config(target, call.dtype.itemsize, width, False, sides, call.M)
     return config
 
 

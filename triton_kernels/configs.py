@@ -128,24 +128,38 @@ _FILL = 264
 _LEAST_BLOCKS = 4
 _MOST_SPLITS = 64
 
-# {target: {width, of heads padded to a power of two: tile}}, for 16-bit calls in which nothing but a scale
-# lies between product and weight, and hidden keys lie in ranges.
+# {target: {width, of heads padded to a power of two: one tile for each number of sides that a window or
+# causality bounds}}, for 16-bit calls in which nothing but a scale lies between product and weight and hidden
+# keys lie in ranges.
 _PLAIN = {
     "sm_80": {
-        # 2 stages: 32 KB let several programs share a multiprocessor. 4 warps read K and V half as often
-        # from shared memory as 8 do.
-        64: AttentionFwdConfig(128, 64, 4, 2, 1, False),
-        # 8 warps: with 4, 200 bytes are spilled, and 128 keys spill 40.
-        128: AttentionFwdConfig(128, 64, 8, 2, 2, False),
-        256: AttentionFwdConfig(64, 32, 8, 2, 2, False),
+        # 4 warps read K and V half as often from shared memory as 8 do, and 32 KB let several programs share
+        # a multiprocessor. Edges in one stage: with two, 8 bytes are spilled.
+        64: (AttentionFwdConfig(128, 64, 4, 2, 1, False),) * 3,
+        # 8 warps: 4 spill 200 bytes. 128 keys spill 40, and so do 64 where edges are masked.
+        128: (
+            AttentionFwdConfig(128, 64, 8, 2, 2, False),
+            AttentionFwdConfig(128, 32, 8, 2, 2, False),
+            AttentionFwdConfig(128, 32, 8, 2, 2, False),
+        ),
+        256: (AttentionFwdConfig(64, 32, 8, 2, 2, False),) * 3,
     },
     "sm_90": {
         # 128 keys a block: with 64 issuing products ahead gains nothing.
-        64: AttentionFwdConfig(128, 128, 8, 2, 1, True),
-        128: AttentionFwdConfig(128, 128, 8, 2, 1, True),
-        256: AttentionFwdConfig(128, 64, 8, 2, 2, False),
+        64: (AttentionFwdConfig(128, 128, 8, 2, 1, True),) * 3,
+        # Ahead 24 bytes are spilled, and yet a block takes 1308 cycles by its stall counts in place of 1862.
+        # With a loop over edges for causality it is 1851 and 1865.
+        128: (
+            AttentionFwdConfig(128, 128, 8, 2, 1, True),
+            AttentionFwdConfig(128, 128, 8, 2, 2, False),
+            AttentionFwdConfig(128, 64, 8, 2, 2, False),
+        ),
+        256: (AttentionFwdConfig(64, 32, 8, 2, 2, False),) * 3,
     },
 }
+# ptxas spills 32 bytes and more with 4 warps there.
+for _target in ("sm_86", "sm_89", "sm_120"):
+    _PLAIN[_target] = _PLAIN["sm_80"] | {64: (AttentionFwdConfig(128, 64, 8, 2, 2, False),) * 3}
 # The same for calls with more in a score's way, whose tiles need registers for it, and for float32, whose
 # products take no tensor cores.
 _MORE = {
@@ -154,28 +168,34 @@ _MORE = {
     256: AttentionFwdConfig(64, 32, 8, 2, 2, False),
 }
 _FLOAT32 = {
-    64: AttentionFwdConfig(64, 32, 4, 2, 2, False),
-    128: AttentionFwdConfig(32, 32, 4, 2, 2, False),
-    256: AttentionFwdConfig(32, 32, 8, 1, 1, False),
+    # Products of single numbers hold whole rows of both operands in registers: 4 warps spill 256 bytes.
+    64: AttentionFwdConfig(64, 32, 8, 1, 1, False),
+    128: AttentionFwdConfig(32, 32, 8, 1, 1, False),
+    256: AttentionFwdConfig(16, 32, 8, 1, 1, False),
 }
 _FEW_QUERIES = 16
 
 
 @functools.cache
-def attention_fwd_config(target: str, itemsize: int, width: int, plain: bool, M: int) -> AttentionFwdConfig:
+def attention_fwd_config(
+    target: str, itemsize: int, width: int, plain: bool, sides: int, M: int
+) -> AttentionFwdConfig:
     """The tile for heads of `width` columns, the larger of BLOCK_D and BLOCK_DV, and M queries.
 
-    target is "sm_90", "gfx942", ...; plain says that products become weights by their scale alone.
+    target is "sm_90", "gfx942", ...; plain says that products become weights by their scale alone; sides is
+    how many ends of a query's keys a window or causality bounds.
     """
     width = max(width, 64)
     if itemsize == 4:
         config = _FLOAT32[width]
     elif plain:
-        config = _PLAIN.get(target, _PLAIN["sm_80"])[width]
+        config = _PLAIN.get(target, _PLAIN["sm_80"])[width][sides]
     else:
         config = _MORE[width]
     if M <= _FEW_QUERIES:
-        return config._replace(block_m=16, num_warps=4, ahead=False)
+        config = config._replace(block_m=16, num_warps=8 if itemsize == 4 else 4, ahead=False)
+    if target.startswith("gfx") and config.num_warps == 8:
+        config = config._replace(num_warps=4)  # of 64 threads, with up to 512 registers each
     return config
 
 
