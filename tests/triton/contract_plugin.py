@@ -1,7 +1,7 @@
 """A pytest plugin (`-p tests.triton.contract_plugin`): tests/ops judges the Triton backend alone."""
 
 from tests.ops import judging
-from tests.triton import bfloat16_dots
+from tests.triton import interpreter_mends
 
 judging.BACKENDS = ("triton",)
-bfloat16_dots.install()
+interpreter_mends.install()

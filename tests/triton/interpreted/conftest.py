@@ -6,6 +6,6 @@ import os
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
 else:
-    from tests.triton import bfloat16_dots
+    from tests.triton import interpreter_mends
 
-    bfloat16_dots.install()
+    interpreter_mends.install()
