@@ -224,8 +224,8 @@ def load(ptx_text):
 
 
 def _unfolded(kind, arg, boxes):
-    """The runtime values of one Triton argument: a tuple lies unfolded among the kernel's parameters, and
-    of a host's tensor descriptor there is the map, as `boxes` says that it was compiled, shape and strides."""
+    """The runtime values of one Triton argument: a tuple lies unfolded among the kernel's parameters, and of
+    a host's tensor descriptor there is the map, as `boxes` says that it was compiled, shape and strides."""
     if isinstance(kind, tuple):
         return [value for pair in zip(kind, arg, strict=True) for value in _unfolded(*pair, boxes)]
     if kind.startswith("tensordesc"):

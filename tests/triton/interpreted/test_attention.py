@@ -1,4 +1,4 @@
-"""Attention's forward on the Triton backend, by its interpreter: every argument alone, with others, with all."""
+"""Attention's forward on the Triton backend, by its interpreter: each argument alone, in pairs, with all."""
 
 from __future__ import annotations
 
