@@ -45,6 +45,16 @@ class KeyBits(NamedTuple):
     stride_n: Any
 
 
+class RowStats(NamedTuple):
+    """float32 [B, H, M] each; packed [H, total], stride_b 0."""
+
+    lse_ptr: Any
+    max_ptr: Any
+    sum_ptr: Any
+    stride_b: Any
+    stride_h: Any
+
+
 class Tensors(NamedTuple):
     query: Any  # Rows
     key: Any  # Rows

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .attention_call import SIZES, AttentionCall, Rows, attention_call, rows_of, stats_strides
+from .attention_call import SIZES, AttentionCall, Rows, RowStats, attention_call, rows_of, stats_strides
 from .attention_tiles import (
     LOG2_E,
     hide,
@@ -41,16 +41,6 @@ LN_2: tl.constexpr = tl.constexpr(math.log(2))
 # Where every row's maximum begins: a number, and no larger than any other, so that the difference from a
 # hidden score is -inf and never NaN. A row whose sum stays 0 has seen nothing.
 LOWEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).min)
-
-
-class RowStats(NamedTuple):
-    """float32 [B, H, M] each; packed [H, total], stride_b 0."""
-
-    lse_ptr: Any
-    max_ptr: Any
-    sum_ptr: Any
-    stride_b: Any
-    stride_h: Any
 
 
 class Shares(NamedTuple):

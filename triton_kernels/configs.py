@@ -134,8 +134,12 @@ _MOST_SPLITS = 64
 _PLAIN = {
     "sm_80": {
         # 4 warps read K and V half as often from shared memory as 8 do, and 32 KB let several programs share
-        # a multiprocessor. Edges in one stage: with two, 8 bytes are spilled.
-        64: (AttentionFwdConfig(128, 64, 4, 2, 1, False),) * 3,
+        # a multiprocessor; with a bounded side they spill 32 bytes. Edges in two stages: 8 bytes are spilled.
+        64: (
+            AttentionFwdConfig(128, 64, 4, 2, 1, False),
+            AttentionFwdConfig(128, 128, 8, 2, 1, False),
+            AttentionFwdConfig(128, 128, 8, 2, 1, False),
+        ),
         # 8 warps: 4 spill 200 bytes. 128 keys spill 40, and so do 64 where edges are masked.
         128: (
             AttentionFwdConfig(128, 64, 8, 2, 2, False),

@@ -1,4 +1,4 @@
-"""Every tile of attention that can be chosen, compiled for every target: no spills, and shared memory fits."""
+"""Every tile of attention that can be chosen, compiled for every target: no spills, and it fits the chip."""
 
 from __future__ import annotations
 
