@@ -1,8 +1,8 @@
 """What Triton's interpreter does wrong, or for nothing.
 
-Its bfloat16 products multiply the bits as integers: here they are widened, which is exact. And it exchanges the
-members of triton.language at every call of a jitted function, where once a launch is enough: that is half of
-its time.
+Its bfloat16 products multiply the bits as integers: here they are widened, which is exact. And it exchanges
+the members of triton.language at every call of a jitted function, where once a launch is enough: that is
+half of its time.
 """
 
 import numpy as np
