@@ -301,6 +301,10 @@ _WGMMA = (
 _FMA = (GemmConfig(128, 128, 16, 8, 2, 1, 0.9), GemmConfig(64, 64, 16, 4, 2, 2, 0.8))
 _FMA_GATED = (GemmConfig(64, 64, 16, 8, 2, 2, 0.7),)
 
+# Rows that are not aligned to 16 bytes go in small pieces, 16-bit ones through registers. Larger tiles, and fewer
+# warps for float32, spill: 128 x 256 of bfloat16 704 bytes on sm_90.
+_UNALIGNED = {2: (GemmConfig(64, 64, 32, 4, 2, 2, 0.3),), 4: (GemmConfig(64, 64, 16, 8, 2, 2, 0.6),)}
+
 # {family of targets: {bytes of an element: {kind of product, "" for any other: tiles}}}
 _GEMM: dict[str, dict[int, dict[str, tuple[GemmConfig, ...]]]] = {
     "mma": {
@@ -319,14 +323,15 @@ _LEAST_DEPTH = 512
 
 @functools.cache
 def gemm_config(
-    arch: str, kind: str, itemsize: int, M: int, N: int, K: int, sm_count: int
+    arch: str, kind: str, itemsize: int, align: int, M: int, N: int, K: int, sm_count: int
 ) -> tuple[GemmConfig, int]:
     """The tile of a product [M, N], and into how many parts to divide K; K is 0 where it may not be divided.
+    align, in elements, divides every row's offset.
 
     Chosen by the share of all multiprocessors' peak that is useful: not spent on rows and columns past the
     end, nor on waiting for the last tiles.
     """
-    tiles = gemm_tiles(arch, itemsize)
+    tiles = gemm_tiles(arch, itemsize, align)
 
     def parts(config: GemmConfig) -> int:
         return max(1, min(_slots(config, sm_count) // _tiles(config, M, N), K // _LEAST_DEPTH))
@@ -341,13 +346,18 @@ def gemm_config(
 
 
 def _tiles(config: GemmConfig, M: int, N: int) -> int:
-    return -(-M // config.block_m) * -(-N // config.block_n)
+    return max(1, -(-M // config.block_m) * -(-N // config.block_n))
 
 
 def _slots(config: GemmConfig, sm_count: int) -> int:
     return sm_count * config.programs_per_sm
 
 
-def gemm_tiles(arch: str, itemsize: int) -> dict[str, tuple[GemmConfig, ...]]:
+def gemm_tiles(arch: str, itemsize: int, align: int) -> dict[str, tuple[GemmConfig, ...]]:
     """Everything that `gemm_config` can choose, by kind of product; "" is any other kind."""
-    return _GEMM[_FAMILY.get(arch, "mma")][itemsize]
+    if align * itemsize < 16:
+        return {"": _UNALIGNED[itemsize]}
+    tiles = _GEMM[_FAMILY.get(arch, "mma")][itemsize]
+    if arch.startswith("gfx"):  # whose 64 KB hold two stages
+        tiles = {k: tuple(c._replace(num_stages=2) for c in of_kind) for k, of_kind in tiles.items()}
+    return tiles

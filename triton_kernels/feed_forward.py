@@ -9,6 +9,7 @@ import triton.language as tl
 from .activations import activate
 from .configs import HIDDEN_SLICE, gemm_config
 from .gemm import (
+    alignment,
     along_columns,
     as_matrix,
     column_slice,
@@ -105,9 +106,10 @@ def hidden_rows(
     if M == 0 or N == 0:
         return
     kind = "hidden" if w_gate is None else "hidden_gated"
-    config, _ = gemm_config(arch(x.device), kind, x.element_size(), M, N, 0, sm_count(x.device))
     a = along_columns(x)
     b, *gate = weight_operands(w1) if w_gate is None else weight_operands(w1, w_gate)
+    align = alignment(M, N, K, a, b, *gate)
+    config, _ = gemm_config(arch(x.device), kind, x.element_size(), align, M, N, 0, sm_count(x.device))
     threshold, scale = dropout_constants(dropout_p)
     _hidden_kernel[programs(config, tile_count(config, M, N), x.device)](
         x,
@@ -129,7 +131,7 @@ def hidden_rows(
         scale,
         ACTIVATION=activation,
         SLICE=HIDDEN_SLICE,
-        **product_options(config, M, N, K, a, b, *gate),
+        **product_options(config, align, K, a, b),
     )
 
 

@@ -21,6 +21,7 @@ from .column_sums import column_sums
 from .configs import HIDDEN_SLICE, gemm_config
 from .feed_forward import hidden_rows
 from .gemm import (
+    alignment,
     along_columns,
     along_rows,
     as_matrix,
@@ -139,7 +140,11 @@ def _hidden_gradients(
     """Those wanted, from grad_out [rows, E_out], and pre and pre_gate [rows, F]; None for the others."""
     M, N = pre.shape
     kind = "hidden_bwd" if pre_gate is None else "hidden_bwd_gated"
-    config, _ = gemm_config(arch(grad.device), kind, grad.element_size(), M, N, 0, sm_count(grad.device))
+    K = grad.shape[1] if any(wanted[1:]) else 0
+    a, (b,) = along_columns(grad), weight_operands(w2, backward=True)
+    align = alignment(M, N, K, a, b)
+    device = grad.device
+    config, _ = gemm_config(arch(device), kind, grad.element_size(), align, M, N, 0, sm_count(device))
     tiles = ceil_div(M, config.block_m)
     made = _Hidden(
         *(torch.empty_like(pre) if want else None for want in wanted[:3]),
@@ -147,10 +152,8 @@ def _hidden_gradients(
     )
     if not any(wanted) or M == 0 or N == 0:
         return made
-    a, (b,) = along_columns(grad), weight_operands(w2, backward=True)
-    K = grad.shape[1] if any(wanted[1:]) else 0
     threshold, scale = dropout_constants(dropout_p)
-    _hidden_bwd_kernel[programs(config, tile_count(config, M, N), grad.device)](
+    _hidden_bwd_kernel[programs(config, tile_count(config, M, N), device)](
         grad,
         b.tensor,
         pre,
@@ -166,7 +169,7 @@ def _hidden_gradients(
         scale,
         ACTIVATION=activation,
         SLICE=HIDDEN_SLICE,
-        **product_options(config, M, N, K, a, b),
+        **product_options(config, align, K, a, b),
     )
     return made
 

@@ -235,21 +235,23 @@ def weight_operands(*weights: torch.Tensor, backward: bool = False) -> list[Oper
     return [Operand(matrix, matrix.stride(0), not backward) for matrix in matrices]
 
 
-def product_options(
-    config: GemmConfig, M: int, N: int, K: int, a: Operand, *others: Operand
-) -> dict[str, Any]:
-    """What kernels with a product take at compile time; `others` are b, and whatever else has a stride."""
-    b = others[0]
-    along = [N, a.stride, *(operand.stride for operand in others)]
+def alignment(M: int, N: int, K: int, a: Operand, b: Operand, *others: Operand) -> int:
+    """What divides the offsets of all rows, in elements, up to 16 bytes; `others` lie as a or b do."""
+    along = [N, a.stride, b.stride, *(operand.stride for operand in others)]
     # Sizes along which elements are contiguous.
     if a.by_k or b.by_k:
         along.append(K)
     if not a.by_k:
         along.append(M)
+    return math.gcd(*along, 16 // a.tensor.element_size())
+
+
+def product_options(config: GemmConfig, align: int, K: int, a: Operand, b: Operand) -> dict[str, Any]:
+    """What kernels with a product take at compile time."""
     return {
         "A_BY_K": a.by_k,
         "B_BY_K": b.by_k,
-        "ALIGN": math.gcd(*along, 16 // a.tensor.element_size()),
+        "ALIGN": align,
         "EVEN_K": K % config.block_k == 0,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -287,7 +289,8 @@ def gemm(
     device, dtype = a.tensor.device, a.tensor.dtype
     if M == 0 or N == 0:
         return a.tensor.new_empty(M, N)
-    config, parts = gemm_config(arch(device), "plain", dtype.itemsize, M, N, K, sm_count(device))
+    align = alignment(M, N, K, a, b, *(second or ()))
+    config, parts = gemm_config(arch(device), "plain", dtype.itemsize, align, M, N, K, sm_count(device))
     steps = max(1, ceil_div(K, config.block_k * parts))
     parts = max(1, ceil_div(K, config.block_k * steps))
     out = a.tensor.new_empty((parts, M, N), dtype=dtype if parts == 1 else torch.float32)
@@ -307,6 +310,6 @@ def gemm(
         N,
         K,
         steps,
-        **product_options(config, M, N, K, a, b, *(second or ())),
+        **product_options(config, align, K, a, b),
     )
     return out[0] if parts == 1 else column_sums(out.view(parts, M * N), dtype).view(M, N)

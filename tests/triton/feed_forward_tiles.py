@@ -8,7 +8,7 @@ TILES = range(
         len(tiles)
         for arch in ("sm_80", "sm_90", "gfx942")
         for itemsize in (2, 4)
-        for tiles in configs.gemm_tiles(arch, itemsize).values()
+        for tiles in configs.gemm_tiles(arch, itemsize, 16 // itemsize).values()
     )
 )
 
@@ -16,8 +16,8 @@ TILES = range(
 def use_tile(monkeypatch, tile, parts=1):
     """Tile number `tile` of those that its kind of product has on the target, and K in so many parts."""
 
-    def choose(arch, kind, itemsize, *_):
-        tiles = configs.gemm_tiles(arch, itemsize)
+    def choose(arch, kind, itemsize, align, *_):
+        tiles = configs.gemm_tiles(arch, itemsize, align)
         of_kind = tiles.get(kind, tiles[""])
         return of_kind[min(tile, len(of_kind) - 1)], parts if kind == "plain" else 1
 
