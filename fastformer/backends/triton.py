@@ -6,9 +6,11 @@ Importing this module does not import Triton: the kernels are imported by the fi
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,8 @@ from torch.library import Library
 from . import raw_ops
 
 _SERVED = ("norm_fwd", "norm_bwd")
+# {raw operator and launcher: its module in triton_kernels}
+_LAUNCHERS = {"norm_fwd": "norm_fwd", "norm_bwd": "norm_bwd"}
 # Grids and row numbers are 32-bit.
 _MAX_ROWS = 2**31 - 1
 _OLDEST_CAPABILITY = (8, 0)
@@ -105,19 +109,17 @@ norm_fwd = partial(raw_ops.norm_fwd, "triton")
 norm_bwd = partial(raw_ops.norm_bwd, "triton")
 
 
-def _norm_fwd_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from ..triton_kernels.norm_fwd import norm_fwd as launch
+def _launcher(module: str, name: str) -> Callable[..., Any]:
+    """The launcher `name`, which the first call imports; an import statement costs every call a microsecond."""
 
-    return launch(*args)
+    @functools.cache
+    def imported() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"fastformer.triton_kernels.{module}"), name)
 
-
-def _norm_bwd_kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from ..triton_kernels.norm_bwd import norm_bwd as launch
-
-    return launch(*args)
+    return lambda *arguments: imported()(*arguments)
 
 
 _library = Library("fastformer", "IMPL")
-for _key in ("CUDA", "CPU"):  # CPU: the interpreter
-    _library.impl("norm_fwd_triton", _norm_fwd_kernel, _key)
-    _library.impl("norm_bwd_triton", _norm_bwd_kernel, _key)
+for _op, _module in _LAUNCHERS.items():
+    for _key in ("CUDA", "CPU"):  # CPU: the interpreter
+        _library.impl(f"{_op}_triton", _launcher(_module, _op), _key)
