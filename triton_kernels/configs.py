@@ -28,7 +28,8 @@ class ColumnSumConfig(NamedTuple):
 _WHOLE_ROWS = {
     # 32 elements a thread: 60 to 100 registers, and every warp has four 16-byte loads in flight from each
     # input. One warp up to 1024 columns, because its reductions are shuffles and wait for no barrier. At 16
-    # elements ptxas aims at 48 registers on sm_90, and with mixed dtypes spills 8 bytes to get there.
+    # elements ptxas aims at 48 registers on sm_90, and with mixed dtypes spills 8 bytes to get there. 16 at 8
+    # columns: 32 of float32 with dropout spill 16 bytes on sm_100.
     "norm_fwd": {
         8: (64, 1),
         16: (64, 1),
@@ -60,8 +61,9 @@ _WHOLE_ROWS = {
         8192: (1, 16),
     },
 }
-# The fewest warps where rows are not aligned. Their elements are loaded one by one, each from an address of its
-# own, and ptxas stops short of 255 registers: twice the elements a thread spill 8 to 32 bytes on sm_86, 89, 120.
+# The fewest warps where rows are not aligned. Their elements are loaded one by one, each from an address of
+# its own, and ptxas stops short of the 255 registers that a thread may take: twice the elements a thread
+# spill 8 to 32 bytes on sm_86, sm_89 and sm_120.
 _UNALIGNED_WARPS = {"norm_fwd": 2, "norm_bwd": 8}
 _WIDE = {
     "norm_fwd": NormConfig(1, 8192, 16, True),

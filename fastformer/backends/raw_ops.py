@@ -22,7 +22,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def constant_in_graphs(function: _Function) -> _Function:
     """Have torch.compile call `function` and keep its result: it can trace nothing of what devices, drivers
-    and the extension are asked. torch.compiler.assume_constant_result, but that imports all of Dynamo here."""
+    and the extension are asked. torch.compiler.assume_constant_result, which would import all of Dynamo."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 

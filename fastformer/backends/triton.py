@@ -110,7 +110,7 @@ norm_bwd = partial(raw_ops.norm_bwd, "triton")
 
 
 def _launcher(module: str, name: str) -> Callable[..., Any]:
-    """The launcher `name`, which the first call imports; an import statement costs every call a microsecond."""
+    """The launcher `name`, imported by its first call: an import statement costs each call a microsecond."""
 
     @functools.cache
     def imported() -> Callable[..., Any]:
