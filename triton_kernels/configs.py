@@ -28,7 +28,8 @@ class ColumnSumConfig(NamedTuple):
 _WHOLE_ROWS = {
     # 32 elements a thread: 60 to 100 registers, and every warp has four 16-byte loads in flight from each
     # input. One warp up to 1024 columns, because its reductions are shuffles and wait for no barrier. At 16
-    # elements ptxas aims at 48 registers on sm_90, and with mixed dtypes spills 8 bytes to get there.
+    # elements ptxas aims at 48 registers on sm_90, and with mixed dtypes spills 8 bytes to get there. 16 at 8
+    # columns: 32 of float32 with dropout spill 16 bytes on sm_100.
     "norm_fwd": {
         8: (64, 1),
         16: (64, 1),

@@ -24,10 +24,9 @@ def launches(monkeypatch):
 
 
 def described(launch):
-    constants = launch.options
+    rows, block_c, warps = (launch.options[name] for name in ("ROWS", "BLOCK_C", "num_warps"))
     wide = "wide" in launch.kernel.__name__
-    rows, columns = constants["ROWS"], constants["BLOCK_C"]
-    return f"rows={rows}, block_c={columns}, num_warps={constants['num_warps']}, wide={wide}"
+    return f"rows={rows}, block_c={block_c}, num_warps={warps}, wide={wide}"
 
 
 def matrix(rows, C, stride, dtype=torch.bfloat16):
