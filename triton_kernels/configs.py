@@ -302,8 +302,8 @@ _WGMMA = (
 _FMA = (GemmConfig(128, 128, 16, 8, 2, 1, 0.9), GemmConfig(64, 64, 16, 4, 2, 2, 0.8))
 _FMA_GATED = (GemmConfig(64, 64, 16, 8, 2, 2, 0.7),)
 
-# Rows that are not aligned to 16 bytes go in small pieces, 16-bit ones through registers. Larger tiles, and fewer
-# warps for float32, spill: 128 x 256 of bfloat16 704 bytes on sm_90.
+# Rows that are not aligned to 16 bytes go in small pieces, 16-bit ones through registers. Larger tiles, and
+# fewer warps for float32, spill: 128 x 256 of bfloat16 704 bytes on sm_90.
 _UNALIGNED = {2: (GemmConfig(64, 64, 32, 4, 2, 2, 0.3),), 4: (GemmConfig(64, 64, 16, 8, 2, 2, 0.6),)}
 
 # {family of targets: {bytes of an element: {kind of product, "" for any other: tiles}}}
