@@ -69,7 +69,7 @@ ANCHORS = {
 # Products of matrices that an operator's meaning asks for, for each pair of a query and a key; and those that
 # each kernel's hot loop runs, recomputed ones too.
 USEFUL_PRODUCTS = {"attention_fwd": 2, "attention_bwd": 5}
-RUN_PRODUCTS = {"attention_fwd": 2}
+RUN_PRODUCTS = {"attention_fwd": 2, "key_gradients": 4, "query_gradients": 3}
 
 
 class Useful(NamedTuple):

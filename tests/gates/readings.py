@@ -15,7 +15,9 @@ import pytest
 from tests.triton.offline import Launch, catch_launches, compile_launch, resources
 
 from . import hot_loop, sass
+from .attention_cases import attention_cases
 from .case import Case
+from .feed_forward_cases import feed_forward_cases
 from .hot_loop import HotLoop
 from .norm_cases import norm_cases
 
@@ -23,6 +25,11 @@ from .norm_cases import norm_cases
 CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "norm_fwd": partial(norm_cases, "norm_fwd"),
     "norm_bwd": partial(norm_cases, "norm_bwd"),
+    "attention_fwd": partial(attention_cases, "attention_fwd"),
+    "attention_weights": partial(attention_cases, "attention_weights"),
+    "attention_bwd": partial(attention_cases, "attention_bwd"),
+    "feed_forward_fwd": partial(feed_forward_cases, "feed_forward_fwd"),
+    "feed_forward_bwd": partial(feed_forward_cases, "feed_forward_bwd"),
 }
 
 
