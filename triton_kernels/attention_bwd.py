@@ -54,9 +54,10 @@ def _add_key_gradients(
     QUERY_SIGN: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D_v: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What the full blocks of queries, or the others, add to the gradients of keys n0 on."""
+    """What the full blocks of queries, or the others, add to the gradients of keys n0 on. The others are
+    few, and are not worth the registers of a second stage."""
     keys = load_keys(call, scores, head, n0, EDGE, ALIGN, D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV, True)
-    for index in range(block_count(blocks, EDGE, BLOCK_M)):
+    for index in tl.range(block_count(blocks, EDGE, BLOCK_M), num_stages=1 if EDGE else None):
         m0 = block_start(blocks, index, EDGE, BLOCK_M)
         queries = load_queries(
             call, scores, head, m0, EDGE, QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, True
@@ -114,7 +115,7 @@ def _add_query_gradients(
 ):  # fmt: skip
     """What the full blocks of keys, or the others, add to the gradient of `queries`; writes the gradient
     of their bias."""
-    for index in range(block_count(blocks, EDGE, BLOCK_N)):
+    for index in tl.range(block_count(blocks, EDGE, BLOCK_N), num_stages=1 if EDGE else None):
         n0 = block_start(blocks, index, EDGE, BLOCK_N)
         keys = load_keys(call, scores, head, n0, EDGE, ALIGN, D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV, False)
         w, slope = weight_tile(call, head, queries, keys, EDGE, False)

@@ -25,8 +25,8 @@ from .attention_passes import (
     weights_gradient,
 )
 from .attention_tiles import LOG2_E, load_rows, query_at, row_pivots
-from .configs import attention_sum_config
-from .launch import arch, ceil_div
+from .configs import ATTENTION_SUMS
+from .launch import ceil_div
 from .masks import head_of, key_blocks
 
 
@@ -183,8 +183,8 @@ def gradient_pass(
         factor,
     )
     of_rows = None if column_bias is None else delta.new_zeros(call.B, call.H, call.M)
-    block = attention_sum_config(*_key(call)).block
-    shares = None if sink is None else delta.new_empty(call.B, call.H, ceil_div(call.M, block))
+    tiles = ceil_div(call.M, ATTENTION_SUMS.block)
+    shares = None if sink is None else delta.new_empty(call.B, call.H, tiles)
     values = _values(scores, row_max, row_sum)
     if given is not None:  # delta then takes weights, which take what is written here
         _launch(call, scores, None, values, flags)
@@ -209,14 +209,10 @@ def _values(scores: ScorePass, row_max: torch.Tensor, row_sum: torch.Tensor) -> 
     return RowValues(row_max, row_sum, scores.shift_ptr, scores.factor_ptr, None, None, None, None)
 
 
-def _key(call: AttentionCall) -> tuple[str, int, int]:
-    return arch(call.tensors.query.ptr.device), call.dtype.itemsize, call.widest
-
-
 def _launch(
     call: AttentionCall, scores: ScorePass, out: Rows | None, values: RowValues, flags: dict[str, Any]
 ) -> None:
-    config = attention_sum_config(*_key(call))
+    config = ATTENTION_SUMS
     tiles = ceil_div(call.M, config.block)
     _rows_kernel[(call.B * call.H * tiles,)](
         call.tensors,

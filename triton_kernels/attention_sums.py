@@ -23,8 +23,8 @@ from .attention_passes import (
     weight_tile,
 )
 from .attention_rows import weight_pass
-from .configs import SumConfig, attention_sum_config
-from .launch import arch, ceil_div, on_device
+from .configs import ATTENTION_SUMS
+from .launch import ceil_div, on_device
 from .masks import head_of, key_blocks
 
 _sized = triton.jit(
@@ -141,7 +141,7 @@ def _run_sum(
 ) -> None:
     """sizes: target's B, H and M."""
     target_B, target_H, target_M = sizes
-    config = _config(call)
+    config = ATTENTION_SUMS
     tiles_m, tiles_n = ceil_div(target_M, config.block), ceil_div(call.N, config.block)
     over_rows = target_M < call.M
     _score_sum_kernel[(target_B * target_H * tiles_m * tiles_n,)](
@@ -165,10 +165,6 @@ def _run_sum(
     )
 
 
-def _config(call: AttentionCall) -> SumConfig:
-    return attention_sum_config(arch(call.tensors.query.ptr.device), call.dtype.itemsize, call.widest)
-
-
 def sum_bias(
     call: AttentionCall, scores: ScorePass, bias: torch.Tensor, flags: dict[str, Any]
 ) -> torch.Tensor:
@@ -184,7 +180,7 @@ def sum_relative_bias(
     call: AttentionCall, scores: ScorePass, rows: int, flags: dict[str, Any]
 ) -> torch.Tensor:
     """The gradient of relative_bias, float32 [rows, M + N - 1], where rows is H or 1."""
-    config = _config(call)
+    config = ATTENTION_SUMS
     block = config.block
     tiles_m, tiles_n = ceil_div(call.M, block), ceil_div(call.N, block)
     diagonals = tiles_m + tiles_n - 1

@@ -214,16 +214,16 @@ class AttentionBwdConfig(NamedTuple):
 # As _PLAIN, _MORE and _FLOAT32, for the gradients of keys and for those of queries.
 _PLAIN_BWD = {
     "sm_80": {
-        # 8 warps: with 4, a tile of 64 keys spills 64 bytes; 128 keys read Q and grad_out half as often.
-        64: (AttentionBwdConfig(64, 128, 8, 2), AttentionBwdConfig(128, 64, 8, 2)),
+        # 32 queries a step: 64 of them spill 150 bytes with grouped heads.
+        64: (AttentionBwdConfig(32, 128, 8, 2), AttentionBwdConfig(128, 64, 8, 2)),
         # 128 keys spill 800 bytes; 64 keys of queries leave no second stage.
         128: (AttentionBwdConfig(64, 64, 8, 2), AttentionBwdConfig(128, 32, 8, 2)),
         256: (AttentionBwdConfig(32, 32, 8, 1), AttentionBwdConfig(32, 64, 8, 1)),
     },
     "sm_90": {
-        64: (AttentionBwdConfig(64, 128, 8, 2), AttentionBwdConfig(128, 64, 8, 2)),
-        # One stage: two spill 24 bytes, and 128 keys 330.
-        128: (AttentionBwdConfig(64, 64, 8, 1), AttentionBwdConfig(128, 64, 8, 2)),
+        64: (AttentionBwdConfig(32, 128, 8, 2), AttentionBwdConfig(128, 64, 8, 2)),
+        # Spills 168 bytes, the least of the tiles that wgmma takes (64 x 128: 450), few of them in the loop.
+        128: (AttentionBwdConfig(32, 128, 8, 2), AttentionBwdConfig(128, 64, 8, 2)),
         256: (AttentionBwdConfig(32, 32, 8, 1), AttentionBwdConfig(32, 64, 8, 1)),
     },
 }
@@ -256,10 +256,9 @@ class SumConfig(NamedTuple):
     num_warps: int
 
 
-@functools.cache
-def attention_sum_config(target: str, itemsize: int, width: int) -> SumConfig:
-    """Tiles of the returned weights, of the sums of biases, and of delta; arguments as above."""
-    return SumConfig(32, 8 if itemsize == 4 or width > 128 else 4)
+# Tiles of the returned weights, of the sums of biases, and of delta. With 4 warps a call with every argument
+# spills 8 bytes at a width of 64.
+ATTENTION_SUMS = SumConfig(32, 8)
 
 
 class GemmConfig(NamedTuple):
