@@ -240,7 +240,7 @@ def _matrix_gradients(
     flags: dict[str, Any],
 ) -> torch.Tensor | None:
     """Fills the gradients of query, key and value; returns that of a bias of more than one column."""
-    keys, queries = _config(call)
+    keys, queries = bwd_configs(call, arch(call.tensors.query.ptr.device))
     whole, grad_bias = None, None
     if bias is not None and not _is_column(bias):
         if bias.shape == (call.B, call.H, call.M, call.N):
@@ -272,7 +272,6 @@ def _relative_bias_gradient(
     return sum_relative_bias(call, scores, relative_bias.shape[0], flags)
 
 
-def _config(call: AttentionCall) -> tuple[AttentionBwdConfig, AttentionBwdConfig]:
+def bwd_configs(call: AttentionCall, target: str) -> tuple[AttentionBwdConfig, AttentionBwdConfig]:
     """For the gradients of keys, and for those of queries."""
-    device = call.tensors.query.ptr.device
-    return attention_bwd_config(arch(device), call.dtype.itemsize, call.widest, call.is_plain)
+    return attention_bwd_config(target, call.dtype.itemsize, call.widest, call.is_plain)

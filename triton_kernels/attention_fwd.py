@@ -338,7 +338,7 @@ def attention_fwd(
     return out, lse, row_max, row_sum
 
 
-def _config(call: AttentionCall, target: str) -> AttentionFwdConfig:
+def fwd_config(call: AttentionCall, target: str) -> AttentionFwdConfig:
     width = call.widest
     sides = sum(side is not None for side in call.sizes[4:6])
     config = attention_fwd_config(target, call.dtype.itemsize, width, call.is_plain, sides, call.M)
@@ -363,7 +363,7 @@ def _fits_descriptor(rows: Rows) -> bool:
 
 
 def _launch(call: AttentionCall, out: Rows, stats: RowStats, target: str) -> None:
-    config = _config(call, target)
+    config = fwd_config(call, target)
     tiles = ceil_div(call.M, config.block_m)
     programs = call.B * call.H * tiles
     splits = config.splits(programs, _visible_keys(call))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ pytest.importorskip("triton")
 
 import fastformer
 from fastformer.backends import triton as backend
-from fastformer.testing import outputs_and_gradients
+from fastformer.testing import attention_inputs, outputs_and_gradients
 
 from .offline import catch_launches
 
@@ -60,6 +62,30 @@ def test_tiles_of_a_norm_are_those_launched(launches, x, residual):
     assert forward.kernel.__name__.startswith("_norm_fwd")
     assert explanation.configurations == {"norm_fwd": described(forward), "norm_bwd": described(backward)}
     assert f"norm_fwd: triton ({described(forward)})\n" in str(explanation)
+
+
+@pytest.mark.parametrize("more", ({}, {"causal": "upper_left"}, {"softcap": 5.0}), ids=str)
+@pytest.mark.parametrize(("D", "M"), [(64, 300), (80, 3)])
+def test_tiles_of_attention_are_those_launched(launches, D, M, more):
+    inputs = attention_inputs(1, 2, M, 300, D, dtype=torch.bfloat16, requires_grad=True)
+    call = partial(fastformer.attention, backend="triton", **more)
+    explanation = fastformer.explain(call, **inputs)
+    assert not launches
+    outputs_and_gradients(call, **inputs)
+    by_kernel = {launch.kernel.__name__: launch.options for launch in launches}
+
+    def tile(kernel):
+        names = {
+            "block_m": "BLOCK_M",
+            "block_n": "BLOCK_N",
+            "num_warps": "num_warps",
+            "num_stages": "num_stages",
+        }
+        return ", ".join(f"{name}={by_kernel[kernel][option]}" for name, option in names.items())
+
+    assert explanation.configurations["attention_fwd"].startswith(tile("_attention_fwd_kernel"))
+    keys, queries = tile("_key_gradients_kernel"), tile("_query_gradients_kernel")
+    assert explanation.configurations["attention_bwd"] == f"keys: {keys}; queries: {queries}"
 
 
 def test_nothing_is_told_of_an_empty_call_or_of_another_backend(launches):
