@@ -145,11 +145,11 @@ _FMA_GATED = (GemmConfig(64, 64, 16, 8, 2, 2, 0.7),)
 
 # Rows that are not aligned to 16 bytes go in small pieces, 16-bit ones through registers. Larger tiles spill:
 # 128 x 256 of bfloat16 704 bytes on sm_90.
-_UNALIGNED = {
+_UNALIGNED: dict[int, dict[str, tuple[GemmConfig, ...]]] = {
     2: {"": (GemmConfig(64, 64, 32, 8, 2, 2, 0.3),)},
     4: {
-        "plain": (GemmConfig(64, 64, 16, 8, 2, 2, 0.6),),
-        "": (GemmConfig(32, 64, 16, 8, 2, 2, 0.4),),
+        "": (GemmConfig(64, 64, 16, 8, 2, 2, 0.6),),
+        "hidden_gated": (GemmConfig(32, 64, 16, 8, 2, 2, 0.4),),
     },
 }
 
