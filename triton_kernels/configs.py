@@ -301,9 +301,15 @@ _WGMMA = (
 _FMA = (GemmConfig(128, 128, 16, 8, 2, 1, 0.9), GemmConfig(64, 64, 16, 4, 2, 2, 0.8))
 _FMA_GATED = (GemmConfig(64, 64, 16, 8, 2, 2, 0.7),)
 
-# Rows that are not aligned to 16 bytes go in small pieces, 16-bit ones through registers. Larger tiles, and
-# fewer warps for float32, spill: 128 x 256 of bfloat16 704 bytes on sm_90.
-_UNALIGNED = {2: (GemmConfig(64, 64, 32, 4, 2, 2, 0.3),), 4: (GemmConfig(64, 64, 16, 8, 2, 2, 0.6),)}
+# Rows that are not aligned to 16 bytes go in small pieces, 16-bit ones through registers. Larger tiles spill:
+# 128 x 256 of bfloat16 704 bytes on sm_90.
+_UNALIGNED: dict[int, dict[str, tuple[GemmConfig, ...]]] = {
+    2: {"": (GemmConfig(64, 64, 32, 8, 2, 2, 0.3),)},
+    4: {
+        "": (GemmConfig(64, 64, 16, 8, 2, 2, 0.6),),
+        "hidden_gated": (GemmConfig(32, 64, 16, 8, 2, 2, 0.4),),
+    },
+}
 
 # {family of targets: {bytes of an element: {kind of product, "" for any other: tiles}}}
 _GEMM: dict[str, dict[int, dict[str, tuple[GemmConfig, ...]]]] = {
@@ -356,7 +362,7 @@ def _slots(config: GemmConfig, sm_count: int) -> int:
 def gemm_tiles(arch: str, itemsize: int, align: int) -> dict[str, tuple[GemmConfig, ...]]:
     """Everything that `gemm_config` can choose, by kind of product; "" is any other kind."""
     if align * itemsize < 16:
-        return {"": _UNALIGNED[itemsize]}
+        return _UNALIGNED[itemsize]
     tiles = _GEMM[_FAMILY.get(arch, "mma")][itemsize]
     if arch.startswith("gfx"):  # whose 64 KB hold two stages
         tiles = {k: tuple(c._replace(num_stages=2) for c in of_kind) for k, of_kind in tiles.items()}

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
-from fastformer.triton_kernels import configs, feed_forward, feed_forward_bwd, gemm
+
+from fastformer.triton_kernels import configs, feed_forward, feed_forward_bwd
+from tests.triton.feed_forward_tiles import use_tile
 
 from .case import Case
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# E, F, E_out: every row is aligned, and steps of k are whole; nothing is.
-SIZES = {"even": (1024, 4096, 2048), "odd": (1001, 4099, 2047)}
+# What divides every row's offset, E, F, E_out: every row is aligned, and steps of k are whole; nothing is.
+SIZES = {"even": (8, 1024, 4096, 2048), "odd": (1, 1001, 4099, 2047)}
 _ROWS = 5000
 
 
@@ -25,12 +26,7 @@ def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def _call(op: str, dtype: torch.dtype, sizes: str, gated: bool, tile: int) -> None:
     """The call where tile number `tile` of its kind is chosen for every product."""
 
-    def choose(arch: str, kind: str, itemsize: int, *_: Any) -> tuple[configs.GemmConfig, int]:
-        tiles = configs.gemm_tiles(arch, itemsize)
-        of_kind = tiles.get(kind, tiles[""])
-        return of_kind[min(tile, len(of_kind) - 1)], 1
-
-    E, F, E_out = SIZES[sizes]
+    _, E, F, E_out = SIZES[sizes]
     x, w1, w2 = _empty(_ROWS, E, dtype=dtype), _empty(F, E, dtype=dtype), _empty(E_out, F, dtype=dtype)
     w_gate, b_gate = (w1, _empty(F, dtype=dtype)) if gated else (None, None)
     tensors = (x, w1, _empty(F, dtype=dtype), w_gate, b_gate, w2, _empty(E_out, dtype=dtype))
@@ -38,8 +34,7 @@ def _call(op: str, dtype: torch.dtype, sizes: str, gated: bool, tile: int) -> No
     pre = _empty(_ROWS, F, dtype=dtype)
     pre_gate = torch.empty_like(pre) if gated else _empty(0, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (gemm, feed_forward, feed_forward_bwd):
-            patch.setattr(module, "gemm_config", choose)
+        use_tile(patch, tile)
         if op == "feed_forward_fwd":
             feed_forward.feed_forward_fwd(*tensors, seed, "gelu", 0.1, True)
         else:
@@ -49,8 +44,9 @@ def _call(op: str, dtype: torch.dtype, sizes: str, gated: bool, tile: int) -> No
 
 def feed_forward_cases(op: str, target: str) -> Iterator[Case]:
     for dtype in (BF16, F16, F32):
-        for tile in range(max(map(len, configs.gemm_tiles(target, dtype.itemsize).values()))):
-            for sizes in SIZES:
+        for sizes, (align, *_) in SIZES.items():
+            tiles = configs.gemm_tiles(target, dtype.itemsize, align)
+            for tile in range(max(map(len, tiles.values()))):
                 for gated in (False, True):
                     name = f"{str(dtype).removeprefix('torch.')} tile {tile} {sizes}{' gated' * gated}"
                     yield Case(op, name, partial(_call, op, dtype, sizes, gated, tile))
