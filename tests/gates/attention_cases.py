@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-
 from fastformer.triton_kernels import attention_bwd, attention_fwd, attention_sums
 
 from .case import Case

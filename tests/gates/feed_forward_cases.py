@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-
 from fastformer.triton_kernels import configs, feed_forward, feed_forward_bwd
+
 from tests.triton.feed_forward_tiles import use_tile
 
 from .case import Case

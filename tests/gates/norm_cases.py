@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-
 from fastformer.triton_kernels import configs, norm_bwd, norm_fwd
+
 from tests.triton.offline import TARGETS
 
 from .case import Case

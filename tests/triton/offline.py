@@ -13,11 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
-
-from fastformer.backends import triton as backend
 from fastformer.triton_kernels import (
     attention_bwd,
     attention_fwd,
@@ -30,6 +25,11 @@ from fastformer.triton_kernels import (
     norm_bwd,
     norm_fwd,
 )
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from fastformer.backends import triton as backend
 from tests import ptxvm
 
 TARGETS = {

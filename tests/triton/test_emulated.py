@@ -7,9 +7,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from fastformer.triton_kernels import norm_bwd, norm_fwd
+
 import fastformer
 from fastformer.testing import norm_inputs, outputs_and_gradients
-from fastformer.triton_kernels import norm_bwd, norm_fwd
 from tests.ops import philox, plain
 from tests.ops.judging import assert_same_bits, judge
 

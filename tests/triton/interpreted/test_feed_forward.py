@@ -7,12 +7,12 @@ from functools import partial
 
 import pytest
 import torch
+from fastformer.triton_kernels import feed_forward, feed_forward_bwd, gemm
 
 import fastformer
 from fastformer.backends import triton as backend
 from fastformer.specs import FEED_FORWARD_TENSORS, FeedForwardSpec
 from fastformer.testing import LAYOUTS, feed_forward_inputs, laid_out, outputs_and_gradients
-from fastformer.triton_kernels import feed_forward, feed_forward_bwd, gemm
 from tests.ops import philox, plain
 from tests.ops.dropout_calls import assert_keeps, feed_forward_scaled_keep
 from tests.ops.judging import assert_same_bits, judge, without_grad
