@@ -115,7 +115,7 @@ def _add_query_gradients(
 ):  # fmt: skip
     """What the full blocks of keys, or the others, add to the gradient of `queries`; writes the gradient
     of their bias."""
-    for index in tl.range(block_count(blocks, EDGE, BLOCK_N), num_stages=1 if EDGE else None):
+    for index in range(block_count(blocks, EDGE, BLOCK_N)):
         n0 = block_start(blocks, index, EDGE, BLOCK_N)
         keys = load_keys(call, scores, head, n0, EDGE, ALIGN, D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV, False)
         w, slope = weight_tile(call, head, queries, keys, EDGE, False)

@@ -230,7 +230,7 @@ _PLAIN_BWD = {
 _MORE_BWD = {
     64: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 64, 4, 1)),
     128: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 32, 4, 1)),
-    256: (AttentionBwdConfig(32, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 1)),
+    256: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 1)),
 }
 # 4 warps spill a kilobyte.
 _FLOAT32_BWD = {

@@ -96,25 +96,21 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
         return f"it has no {op} yet"
     first = tensors[0]
     assert first is not None
-    refusal = _unusable(first.device) or raw_ops.dtype_refusal(tensors)
-    if refusal is not None:
-        return refusal
-    if op.startswith("attention"):
-        return _attention_refusal(tensors)
+    return _size_refusal(op, tensors) or _unusable(first.device) or raw_ops.dtype_refusal(tensors)
+
+
+def _size_refusal(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    first = tensors[0]
+    assert first is not None
     most = _MAX_FEED_FORWARD_ROWS if op.startswith("feed_forward") else _MAX_ROWS
     if math.prod(first.shape[:-1]) > most:
         return f"its kernels take at most {most} rows"
-    return None
-
-
-def _attention_refusal(tensors: tuple[Tensor | None, ...]) -> str | None:
-    query, _, value, *_ = tensors
-    assert query is not None and value is not None
-    if query.numel() > _MAX_ROWS * query.shape[-1]:
-        return f"its kernels take at most {_MAX_ROWS} rows"
-    for name, width in (("query", query.shape[-1]), ("value", value.shape[-1])):
-        if not 1 <= width <= _MAX_HEAD_DIM:
-            return f"its attention takes head dims of 1 to {_MAX_HEAD_DIM}, and {name}'s is {width}"
+    if op.startswith("attention"):
+        value = tensors[2]
+        assert value is not None
+        for name, width in (("query", first.shape[-1]), ("value", value.shape[-1])):
+            if not 1 <= width <= _MAX_HEAD_DIM:
+                return f"its attention takes head dims of 1 to {_MAX_HEAD_DIM}, and {name}'s is {width}"
     return None
 
 
