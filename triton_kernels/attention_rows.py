@@ -53,8 +53,8 @@ def _delta_over_keys(
     queries = load_queries(
         call, scores, head, m0, True, QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK, False
     )
-    begin, _, _, end = key_blocks(head, m0, BLOCK, BLOCK)
-    for n0 in range(begin, end, BLOCK):
+    blocks = key_blocks(head, m0, BLOCK, BLOCK)
+    for n0 in range(blocks.begin, blocks.end, BLOCK):
         keys = load_keys(call, scores, head, n0, True, ALIGN, D, D_v, BLOCK, BLOCK_D, BLOCK_DV, False)
         w, _ = weight_tile(call, head, queries, keys, True, False)
         keep = keep_of(call, head, queries, keys, threshold, BLOCK, BLOCK, False)
