@@ -120,6 +120,9 @@ def configuration(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str
 
     if op not in TILES or any(tensor is not None and tensor.numel() == 0 for tensor in tensors):
         return None
+    on_gpu = any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors)
+    if on_gpu and not torch.cuda.is_available():
+        return None  # fake tensors, on who knows which GPU
     return "; ".join(
         (f"{kernel}: " if kernel else "") + ", ".join(f"{n}={value}" for n, value in tile._asdict().items())
         for kernel, tile in TILES[op](spec, *tensors).items()
