@@ -115,12 +115,14 @@ class HeadBackward {
                                     [&](int64_t row, int64_t n, const float* gradients, int64_t count) {
                                       on_gradient(row, n, gradients, count);
                                     });
-    if (seen.begin >= seen.end) return;
-    accumulate<kRows>(buffers_.ldk, buffers_.grad_query + i * buffers_.ldk, buffers_.ldk,
-                      [&](auto& tile, int64_t d) __attribute__((always_inline)) {
-                        tile.multiply_add(seen.end - seen.begin, grads + seen.begin, kTileStride,
-                                          buffers_.key + seen.begin * buffers_.ldk + d, buffers_.ldk);
-                      });
+    const int64_t max_depth = head_.max_depth();
+    for (int64_t n = seen.begin; n < seen.end; n += max_depth) {
+      accumulate<kRows>(buffers_.ldk, buffers_.grad_query + i * buffers_.ldk, buffers_.ldk,
+                        [&](auto& tile, int64_t d) __attribute__((always_inline)) {
+                          tile.multiply_add(smaller(max_depth, seen.end - n), grads + n, kTileStride,
+                                            buffers_.key + n * buffers_.ldk + d, buffers_.ldk);
+                        });
+    }
   }
 
   // dK and dV of keys first_ + j on, from queries [begin, end).

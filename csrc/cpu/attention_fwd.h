@@ -120,11 +120,13 @@ __attribute__((noinline)) static float softmax_step(float* scores, int64_t count
 // out[kRows, kVectors * kLanes] = rescale * out + weights[kRows, keys] value[keys, kVectors * kLanes] for
 // keys [begin, end) of the block.
 template <int kRows, int kVectors, typename T>
-FASTFORMER_INLINE void accumulate_output(const ForwardBuffers& buffers, const KeyBlock<T>& block,
-                                         int64_t begin, int64_t end, const float* value, float* out) {
+FASTFORMER_INLINE void accumulate_output(const Chunk<T>& chunk, const KeyBlock<T>& block, int64_t begin,
+                                         int64_t end, const float* value, float* out) {
+  const ForwardBuffers& buffers = chunk.buffers;
+  const int64_t max_depth = chunk.head.max_depth();
   for (int64_t n = begin; n < end;) {
     // Where a span ends does not depend on where the tile's keys begin.
-    const int64_t span_end = smaller(end, (n / kMaxDepth + 1) * kMaxDepth);
+    const int64_t span_end = smaller(end, (n / max_depth + 1) * max_depth);
     Tile<kRows, kVectors> tile;
     tile.zero();
     tile.multiply_add(span_end - n, buffers.scores + n, kScoreStride, value + n * block.value_stride,
@@ -203,13 +205,13 @@ static void attend_tile(const Chunk<T>& chunk, const KeyBlock<T>& block, int64_t
   if constexpr (kRows == 1) {
     // More accumulators, or each product would wait for the one before.
     for (; d + 4 * kLanes <= buffers.ldo; d += 4 * kLanes) {
-      accumulate_output<kRows, 4>(buffers, block, begin, end, block.value + d, out + d);
+      accumulate_output<kRows, 4>(chunk, block, begin, end, block.value + d, out + d);
     }
   }
   for (; d + kPanel <= buffers.ldo; d += kPanel) {
-    accumulate_output<kRows, 2>(buffers, block, begin, end, block.value + d, out + d);
+    accumulate_output<kRows, 2>(chunk, block, begin, end, block.value + d, out + d);
   }
-  if (d < buffers.ldo) accumulate_output<kRows, 1>(buffers, block, begin, end, block.value + d, out + d);
+  if (d < buffers.ldo) accumulate_output<kRows, 1>(chunk, block, begin, end, block.value + d, out + d);
 }
 
 // Packs the block's keys and their values. False where no query sees any of them.

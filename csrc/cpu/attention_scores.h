@@ -16,6 +16,8 @@ constexpr int64_t kMaxDepth = 128;
 
 // So few queries read the keys as they lie: packing them would cost more than it saves.
 constexpr int64_t kFewQueries = 4;
+// torch takes the products of a single query over many lanes, each a short sum.
+constexpr int64_t kMaxDepthOfFew = 32;
 
 // One head of one batch element, or of one packed sequence.
 struct Head {
@@ -36,6 +38,8 @@ struct Head {
 
   // Of the head, not of a chunk: chunks depend on the threads, and bits must not.
   bool has_few_queries() const { return M <= kFewQueries; }
+  // How many keys one sum of a query's may be over.
+  int64_t max_depth() const { return has_few_queries() ? kMaxDepthOfFew : kMaxDepth; }
 
   float* stats(const RowStats& rows, int64_t i) const {
     return rows.data + b * rows.stride_b + h * rows.stride_h + first_query + i;
