@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from functools import partial
 from typing import Any
 
 import torch
@@ -113,5 +112,4 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
     return None
 
 
-norm_fwd = partial(raw_ops.norm_fwd, "cuda")
-norm_bwd = partial(raw_ops.norm_bwd, "cuda")
+globals().update(raw_ops.functions("cuda", _SERVED))
