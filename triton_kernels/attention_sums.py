@@ -203,7 +203,9 @@ def sum_relative_bias(
     sums[:, :-1] += shares[:, :, 0]
     sums[:, 1:] += shares[:, :, 1]
     first = tiles_m * block - call.M + 1
-    return sums.view(rows, -1)[:, first : first + call.M + call.N - 1].contiguous()
+    # A copy, of one row too: `contiguous` would return that as a view from its middle.
+    grad = sums.view(rows, -1)[:, first : first + call.M + call.N - 1]
+    return grad.clone(memory_format=torch.contiguous_format)
 
 
 def attention_weights(row_max: torch.Tensor, row_sum: torch.Tensor, *arguments: Any) -> torch.Tensor:
