@@ -12,3 +12,5 @@ class Case(NamedTuple):
     call: Callable[[], Any]  # runs the launcher on tensors without memory
     # The head dim that limits.py is asked about; None where only the spill gate binds.
     gated_dim: int | None = None
+    # Whether its products belong on tensor cores.
+    tensor_cores: bool = False

@@ -9,9 +9,10 @@ from tests.triton.offline import SHARED_LIMIT
 
 from .readings import Reading
 
-# Bytes a thread that a configuration may spill: none, but where configs.py tells a measured reason.
+# Bytes a thread that a kernel may spill: none, but where configs.py tells a measured reason.
 MOST_SPILLED = 0
-EXCUSED_SPILLS: dict[tuple[str, str], int] = {}
+# {(kernel, target, case)}
+EXCUSED_SPILLS: dict[tuple[str, str, str], int] = {}
 
 
 class Limits(NamedTuple):
@@ -70,6 +71,8 @@ ANCHORS = {
 # each kernel's hot loop runs, recomputed ones too.
 USEFUL_PRODUCTS = {"attention_fwd": 2, "attention_bwd": 5}
 RUN_PRODUCTS = {"attention_fwd": 2, "key_gradients": 4, "query_gradients": 3}
+# Other kernels with products, whose hot loop has one.
+MULTIPLYING = {*RUN_PRODUCTS, "hidden", "hidden_bwd", "gemm", "score_sum", "relative_bias"}
 
 
 class Useful(NamedTuple):
@@ -99,18 +102,23 @@ def misses(readings: Sequence[Reading]) -> list[str]:
     first = readings[0]
     found = []
     for reading in readings:
-        allowed = EXCUSED_SPILLS.get((reading.kernel, reading.tile), MOST_SPILLED)
+        allowed = EXCUSED_SPILLS.get((reading.kernel, reading.target, reading.case), MOST_SPILLED)
         if reading.spilled > allowed:
             found.append(f"{reading.kernel} spills {reading.spilled} bytes a thread; {allowed} allowed")
         if reading.shared > SHARED_LIMIT[reading.target]:
             limit = SHARED_LIMIT[reading.target]
             found.append(f"{reading.kernel} takes {reading.shared} bytes of shared memory of {limit}")
+        if (
+            reading.tensor_cores
+            and reading.kernel in MULTIPLYING
+            and reading.loop
+            and not reading.loop.tensor
+        ):
+            found.append(f"{reading.kernel} has no product on tensor cores")
     limits = LIMITS.get((first.op, first.target, first.gated_dim))
-    if limits is None:
-        return found
     figures = useful(first.op, readings)
-    if figures is None:
-        return [*found, "no product on tensor cores"]
+    if limits is None or figures is None:
+        return found
     if figures.nt > limits.most_nt:
         found.append(f"nt is {figures.nt:.2f}; at most {limits.most_nt} allowed")
     if figures.w1 < limits.least_w1:

@@ -47,6 +47,7 @@ class Reading:
     spilled: int  # bytes a thread
     shared: int  # bytes a program
     loop: HotLoop | None  # None but on NVIDIA's chips
+    tensor_cores: bool = False  # as the case says
 
 
 # Disassembling takes longer than loading from Triton's own cache, so what was read is kept as well.
@@ -93,7 +94,7 @@ def read(case: Case, target: str) -> list[Reading]:
         loop = _hot_loop(compiled.asm["cubin"]) if "cubin" in compiled.asm else None
         kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
         place = target, case.op, case.name, case.gated_dim, kernel, _tile(launch)
-        readings.append(Reading(*place, *resources(compiled), loop))
+        readings.append(Reading(*place, *resources(compiled), loop, case.tensor_cores))
     return readings
 
 

@@ -21,6 +21,12 @@ SOME = [
     ("norm_fwd", "sm_120", "C=16384 align=1 float32 dropout"),
     ("norm_fwd", "gfx942", "C=64 align=8 bfloat16 dropout"),
     ("norm_bwd", "gfx950", "C=16384 align=8 float16 rms"),
+    ("attention_fwd", "sm_90", "D=64 D_v=64 bfloat16 plain"),
+    ("attention_fwd", "sm_80", "D=64 D_v=64 bfloat16 plain"),
+    ("attention_fwd", "sm_90", "D=128 D_v=128 bfloat16 everything, one query"),
+    ("attention_bwd", "sm_80", "D=64 D_v=64 bfloat16 causal"),
+    ("feed_forward_fwd", "sm_90", "bfloat16 tile 0 even"),
+    ("feed_forward_bwd", "sm_80", "bfloat16 tile 0 even"),
 ]
 
 
@@ -68,7 +74,7 @@ LOOP = HotLoop(
 
 
 def reading(op="attention_fwd", target="sm_90", dim=128, kernel="attention_fwd", **more):
-    given = {"registers": 255, "spilled": 0, "shared": 0, "loop": LOOP}
+    given = {"registers": 255, "spilled": 0, "shared": 0, "loop": LOOP, "tensor_cores": True}
     return Reading(target, op, "case", dim, kernel, "tile", **{**given, **more})
 
 
@@ -82,6 +88,7 @@ def reading(op="attention_fwd", target="sm_90", dim=128, kernel="attention_fwd",
         ({"loop": HotLoop(**{**vars(LOOP), "nt": 2.11})}, "nt is 2.11; at most 2.1 allowed"),
         ({"loop": HotLoop(**{**vars(LOOP), "w1": 0.69})}, "w1 is 0.69; at least 0.7 wanted"),
         ({"loop": HotLoop(**{**vars(LOOP), "mix": {}})}, "no product on tensor cores"),
+        ({"loop": HotLoop(**{**vars(LOOP), "mix": {}}), "tensor_cores": False}, None),
         # Only the spill gate binds a call that is not the plain one.
         ({"dim": None, "loop": HotLoop(**{**vars(LOOP), "nt": 9.0, "w1": 0.1})}, None),
     ],
