@@ -22,7 +22,7 @@ SOME = [
     ("norm_fwd", "gfx942", "C=64 align=8 bfloat16 dropout"),
     ("norm_bwd", "gfx950", "C=16384 align=8 float16 rms"),
     ("attention_fwd", "sm_90", "D=64 D_v=64 bfloat16 plain"),
-    ("attention_fwd", "sm_80", "D=64 D_v=64 bfloat16 plain"),
+    ("attention_fwd", "sm_80", "D=64 D_v=64 bfloat16 window"),
     ("attention_fwd", "sm_90", "D=128 D_v=128 bfloat16 everything, one query"),
     ("attention_bwd", "sm_80", "D=64 D_v=64 bfloat16 causal"),
     ("feed_forward_fwd", "sm_90", "bfloat16 tile 0 even"),
