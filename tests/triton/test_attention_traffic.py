@@ -1,6 +1,7 @@
 """Bytes that attention's kernels ask of DRAM, whole sectors of it, and bank conflicts: the emulator's counts.
 
-A tile of queries reads its rows once and its keys' once; out and row statistics are written once.
+A tile of queries reads its rows once and its keys' once, and a tile of keys those of the queries that see it;
+out, gradients and row statistics are written once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from fastformer.triton_kernels import configs
+from fastformer.triton_kernels.attention_bwd import attention_bwd
 from fastformer.triton_kernels.attention_fwd import attention_fwd
 
 from fastformer.testing import attention_inputs
@@ -37,6 +39,12 @@ def keys_read(block_m, block_n, causal):
     """By all tiles of queries of one head, in whole blocks."""
     ends = range(block_m, LENGTH + 1, block_m)
     return sum(-(-end // block_n) * block_n if causal else LENGTH for end in ends)
+
+
+def queries_read(block_m, block_n, causal):
+    """By all tiles of keys, of one query head."""
+    starts = range(0, LENGTH, block_n)
+    return sum(LENGTH - start // block_m * block_m if causal else LENGTH for start in starts)
 
 
 def assert_whole(counters):
@@ -73,3 +81,29 @@ def test_one_query_of_many_keys(emulation, D):
     assert counters.global_store_bytes == shares
     assert shares <= combining.global_load_bytes <= 2 * shares
     assert combining.global_store_bytes == H * (D * SIZE + 3 * FLOAT)
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("D", WIDTHS)
+def test_backward(emulation, D, causal):
+    """5 % are for what is read of each row beside query and grad_out."""
+    given = arguments(D, causal)
+    out, _, row_max, row_sum = attention_fwd(*given)
+    attention_bwd(out, None, None, out, row_max, row_sum, *given, False, False, False)
+    keys, queries = configs.attention_bwd_config(emulation.target, SIZE, D, True)
+    row = 2 * D * SIZE  # of query and grad_out, of key and value, of out and grad_out
+    of_queries = H * (LENGTH + keys_read(queries.block_m, queries.block_n, causal)) * row
+    of_keys = (H_KV * LENGTH + H * queries_read(keys.block_m, keys.block_n, causal)) * row
+    warps = configs.ATTENTION_SUMS.num_warps  # each of which asks for the statistics of its tile's rows
+    of_rows = H * LENGTH * (row + 2 * FLOAT * warps)
+    expected = {
+        "query_gradients": (of_queries, H * LENGTH * D * SIZE),
+        "key_gradients": (of_keys, 2 * H_KV * LENGTH * D * SIZE),
+        "rows": (of_rows, H * LENGTH * 4 * FLOAT),
+    }
+    for name, (loaded, stored) in expected.items():
+        counters = emulation.counters[f"_{name}_kernel"]
+        assert loaded <= 32 * counters.global_load_sectors <= 1.05 * loaded, name
+        assert counters.global_store_bytes == stored, name
+        assert counters.load_efficiency >= 1.0 and counters.store_efficiency == 1.0, name
+        assert counters.bank_conflicts == 0, name
