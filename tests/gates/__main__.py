@@ -86,7 +86,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     every: list[Reading] = []
     missed = 0
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        for readings in pool.map(read_place, places, chunksize=4):
+        running = [pool.submit(read_place, place) for place in places]
+        for (op, target, index), reader in zip(places, running, strict=True):
+            try:
+                readings = reader.result()
+            except Exception as error:  # an hour's other cases are worth more than its traceback
+                missed += 1
+                name = list(CASES[op](target))[index].name
+                print(f"  MISSED: {op} {target} {name}: {type(error).__name__}: {error}", flush=True)
+                continue
             every += readings
             found = misses(readings)
             missed += bool(found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
 import pytest
 
 pytest.importorskip("triton")
@@ -10,7 +12,7 @@ from tests.triton.offline import SHARED_LIMIT, TARGETS
 
 from .__main__ import main
 from .hot_loop import HotLoop
-from .limits import LIMITS, RUN_PRODUCTS, misses, useful
+from .limits import EXCUSED_SPILLS, LIMITS, MOST_SPILLED, RUN_PRODUCTS, misses, useful
 from .readings import CASES, Reading, read
 
 # (operator and direction, target, case).
@@ -114,8 +116,9 @@ def test_what_is_computed_twice_counts_against_the_kernels(monkeypatch):
 
 
 def test_the_command_fails_on_a_miss(monkeypatch, capsys):
-    spilling = reading("norm_fwd", "sm_90", None, "norm_fwd", spilled=8)
-    places = []
+    """One case spills, and one does not compile, which keeps no other from being told."""
+    good = [reading("norm_fwd", "sm_90", None, "norm_fwd")]
+    found = []
 
     class Here:
         def __init__(self, *arguments):
@@ -124,13 +127,27 @@ def test_the_command_fails_on_a_miss(monkeypatch, capsys):
         __enter__ = lambda self: self
         __exit__ = lambda self, *error: None
 
-        def map(self, read_place, sent, chunksize):
-            places.extend(sent)
-            return [[spilling]] * (len(sent) - 1) + [[reading("norm_fwd", "sm_90", None, "norm_fwd")]]
+        def submit(self, read_place, place):
+            future, result = Future(), found.pop(0)
+            done = future.set_exception if isinstance(result, Exception) else future.set_result
+            done(result)
+            return future
 
     monkeypatch.setattr("tests.gates.__main__.ProcessPoolExecutor", Here)
-    assert main(["--op", "norm_fwd", "--target", "sm_90", "--case", "C=64 align=8 b"]) == 1
+    spilling = [reading("norm_fwd", "sm_90", None, "norm_fwd", spilled=8)]
+    some = ["--op", "norm_fwd", "--target", "sm_90", "--case"]
+    found[:] = good, spilling, RuntimeError("ptxas"), good, good
+    assert main([*some, "C=64 align=8"]) == 1
     printed = capsys.readouterr().out
-    assert len(places) == 2 and printed.count("MISSED: norm_fwd spills 8 bytes") == 1
-    assert "2 cases, 2 kernels; 1 cases miss a limit" in printed
-    assert main(["--op", "norm_fwd", "--target", "sm_90", "--case", "C=64 align=8 bfloat16 dropout"]) == 0
+    assert not found
+    assert printed.count("MISSED: norm_fwd spills 8 bytes") == 1
+    assert "MISSED: norm_fwd sm_90 C=64 align=8 float32 dropout: RuntimeError: ptxas" in printed
+    assert "5 cases, 4 kernels; 2 cases miss a limit" in printed
+    found[:] = [good]
+    assert main([*some, "C=64 align=8 bfloat16 dropout"]) == 0
+
+
+def test_what_is_excused_is_little_and_a_case():
+    for (kernel, target, name), allowed in EXCUSED_SPILLS.items():
+        assert MOST_SPILLED < allowed <= 16, kernel
+        assert any(case.name == name for op in CASES for case in CASES[op](target)), name
