@@ -72,7 +72,8 @@ def _exponents(call, scores, row_max, FUSED: tl.constexpr):
 def _fold(call, head, exponents, rescale, acc, row_sum, offs_m, n0, threshold):
     """Fold one tile into the running softmax: (weights, acc rescaled, row_sum)."""
     p = tl.exp2(exponents)
-    row_sum = row_sum * rescale + tl.sum(p, 1)
+    SUMS: tl.constexpr = row_sum.shape[1]
+    row_sum = row_sum * rescale[:, None] + tl.sum(p.reshape([p.shape[0], p.shape[1] // SUMS, SUMS]), 1)
     if call.seed_ptr is not None:
         p = tl.where(keep_tile(call, head, threshold, offs_m, n0, p.shape[1]), p, 0.0)
     return p, acc * rescale[:, None], row_sum
@@ -233,7 +234,9 @@ def _attention_fwd_kernel(
     q = signed_query(q, QUERY_SIGN)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    # In narrow heads every thread adds up its own columns, and threads are added after the loops. Wider ones
+    # have no registers left for it.
+    row_sum = tl.zeros([BLOCK_M, 8 if BLOCK_DV <= 64 else 1], tl.float32)
     begin, full_begin, full_end, end = key_blocks(head, m0, BLOCK_M, BLOCK_N)
     if shares is not None:
         split = tl.program_id(0) // tiles
@@ -261,6 +264,7 @@ def _attention_fwd_kernel(
             call, head, descriptors, q, acc, row_max, row_sum, offs_m, full_end, end, threshold,
             FUSED, ALIGN, D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV, EDGE_STAGES,
         )  # fmt: skip
+    row_sum = tl.sum(row_sum, 1)
     if FUSED:
         row_max, row_sum = _in_logits(row_max, row_sum, LN_2)
     else:
