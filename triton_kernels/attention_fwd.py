@@ -234,9 +234,9 @@ def _attention_fwd_kernel(
     q = signed_query(q, QUERY_SIGN)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
-    # In narrow heads every thread adds up its own columns, and threads are added after the loops. Wider ones
-    # have no registers left for it.
-    row_sum = tl.zeros([BLOCK_M, 8 if BLOCK_DV <= 64 else 1], tl.float32)
+    # In narrow heads every thread adds up its own columns, and threads are added after the loops. Others have
+    # no registers left for it.
+    row_sum = tl.zeros([BLOCK_M, 8 if FUSED and BLOCK_DV <= 64 else 1], tl.float32)
     begin, full_begin, full_end, end = key_blocks(head, m0, BLOCK_M, BLOCK_N)
     if shares is not None:
         split = tl.program_id(0) // tiles
@@ -342,11 +342,12 @@ def attention_fwd(
 
 
 def fwd_config(call: AttentionCall, target: str) -> AttentionFwdConfig:
-    width = call.widest
     sides = sum(side is not None for side in call.sizes[4:6])
-    config = attention_fwd_config(target, call.dtype.itemsize, width, call.is_plain, sides, call.M)
+    fills_tile = (call.D, call.D_v) == (call.flags["BLOCK_D"], call.flags["BLOCK_DV"])
+    plain = call.is_plain and (call.dtype.itemsize == 2 or fills_tile)
+    config = attention_fwd_config(target, call.dtype.itemsize, call.widest, plain, sides, call.M)
     if config.ahead and not all(_fits_descriptor(rows) for rows in call.tensors[:3]):
-        config = attention_fwd_config(target, call.dtype.itemsize, width, False, sides, call.M)
+        config = attention_fwd_config(target, call.dtype.itemsize, call.widest, False, sides, call.M)
     return config
 
 

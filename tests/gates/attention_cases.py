@@ -107,12 +107,14 @@ def _calls(op: str) -> Iterator[tuple[torch.dtype, int, int, str]]:
 
 
 def attention_cases(op: str, target: str) -> Iterator[Case]:
-    """The plain bfloat16 calls are the gated ones, and causal ones, whose hot loop must be the same."""
+    """The plain bfloat16 calls are the gated ones; the figures of causal ones are told beside them."""
     launch = _LAUNCHERS[op]
     for dtype, D, D_v, mode in _calls(op):
         name = f"D={D} D_v={D_v} {str(dtype).removeprefix('torch.')} {mode}"
-        gated = D if dtype is BF16 and mode in SIDES[:2] and D_v == D else None
-        yield Case(op, name, partial(launch, dtype, D, D_v, mode), gated, dtype is not F32)
+        told = dtype is BF16 and mode in SIDES[:2] and D_v == D
+        dim = D if told else None
+        call = partial(launch, dtype, D, D_v, mode)
+        yield Case(op, name, call, dim, told and mode == "plain", tensor_cores=dtype is not F32)
     if op == "attention_fwd":
         for D in WIDTHS:
             for dtype, mode in (*((BF16, mode) for mode in (*SIDES, "everything")), (F32, "plain")):

@@ -40,7 +40,8 @@ class Reading:
     target: str
     op: str
     case: str
-    gated_dim: int | None
+    dim: int | None
+    gated: bool
     kernel: str
     tile: str  # its constants and warps
     registers: int
@@ -93,7 +94,7 @@ def read(case: Case, target: str) -> list[Reading]:
         seen.add(compiled.hash)
         loop = _hot_loop(compiled.asm["cubin"]) if "cubin" in compiled.asm else None
         kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
-        place = target, case.op, case.name, case.gated_dim, kernel, _tile(launch)
+        place = target, case.op, case.name, case.dim, case.gated, kernel, _tile(launch)
         readings.append(Reading(*place, *resources(compiled), loop, case.tensor_cores))
     return readings
 

@@ -76,8 +76,8 @@ LOOP = HotLoop(
 
 
 def reading(op="attention_fwd", target="sm_90", dim=128, kernel="attention_fwd", **more):
-    given = {"registers": 255, "spilled": 0, "shared": 0, "loop": LOOP, "tensor_cores": True}
-    return Reading(target, op, "case", dim, kernel, "tile", **{**given, **more})
+    given = {"gated": True, "registers": 255, "spilled": 0, "shared": 0, "loop": LOOP, "tensor_cores": True}
+    return Reading(target, op, "case", dim, kernel=kernel, tile="tile", **{**given, **more})
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,8 @@ def reading(op="attention_fwd", target="sm_90", dim=128, kernel="attention_fwd",
         ({"loop": HotLoop(**{**vars(LOOP), "mix": {}})}, "no product on tensor cores"),
         ({"loop": HotLoop(**{**vars(LOOP), "mix": {}}), "tensor_cores": False}, None),
         # Only the spill gate binds a call that is not the plain one.
-        ({"dim": None, "loop": HotLoop(**{**vars(LOOP), "nt": 9.0, "w1": 0.1})}, None),
+        ({"gated": False, "loop": HotLoop(**{**vars(LOOP), "nt": 9.0, "w1": 0.1})}, None),
+        ({"gated": False, "spilled": 4}, "spills 4 bytes"),
     ],
 )
 def test_misses(more, sentence):
