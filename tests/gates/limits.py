@@ -87,10 +87,11 @@ class Useful(NamedTuple):
 
 
 def useful(op: str, readings: Sequence[Reading]) -> Useful | None:
-    """None where the operator has no count of useful products, or nothing runs on tensor cores."""
+    """None where the operator has no count of useful products, nothing runs on tensor cores, or machine code
+    does not tell how large its products are."""
     loops = [(RUN_PRODUCTS[r.kernel], r.loop) for r in readings if r.kernel in RUN_PRODUCTS and r.loop]
     wanted = USEFUL_PRODUCTS.get(op)
-    if wanted is None or not loops or any(loop.tensor == 0 for _, loop in loops):
+    if wanted is None or not loops or any(loop.tensor == 0 or loop.kflop == 0 for _, loop in loops):
         return None
     return Useful(
         sum(products * loop.nt for products, loop in loops) / wanted,
