@@ -166,6 +166,10 @@ _PLAIN = {
 # ptxas spills 32 bytes and more with 4 warps there.
 for _target in ("sm_86", "sm_89", "sm_120"):
     _PLAIN[_target] = _PLAIN["sm_80"] | {64: (AttentionFwdConfig(128, 64, 8, 2, 2, False),) * 3}
+# There edges in two stages spill 424 bytes.
+for _target in ("sm_100", "sm_103"):
+    _narrow = (AttentionFwdConfig(128, 64, 4, 2, 1, False), *_PLAIN["sm_80"][64][1:])
+    _PLAIN[_target] = _PLAIN["sm_80"] | {64: _narrow}
 # The same for calls with more in a score's way, whose tiles need registers for it.
 _MORE = {
     64: AttentionFwdConfig(64, 64, 4, 2, 2, False),
