@@ -117,7 +117,8 @@ def attention_cases(op: str, target: str) -> Iterator[Case]:
         yield Case(op, name, call, dim, told and mode == "plain", tensor_cores=dtype is not F32)
     if op == "attention_fwd":
         for D in WIDTHS:
-            for dtype, mode in (*((BF16, mode) for mode in (*SIDES, "everything")), (F32, "plain")):
-                name = f"D={D} D_v={D} {str(dtype).removeprefix('torch.')} {mode}, one query"
-                call = partial(launch, dtype, D, D, mode, M=1)
-                yield Case(op, name, call, tensor_cores=dtype is not F32)
+            for dtype, modes in ((BF16, (*SIDES, "everything")), (F32, ("plain", "everything"))):
+                for mode in modes:
+                    name = f"D={D} D_v={D} {str(dtype).removeprefix('torch.')} {mode}, one query"
+                    call = partial(launch, dtype, D, D, mode, M=1)
+                    yield Case(op, name, call, tensor_cores=dtype is not F32)
