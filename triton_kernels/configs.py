@@ -222,29 +222,29 @@ class AttentionBwdConfig(NamedTuple):
 # As _PLAIN, _MORE and _FLOAT32, for the gradients of keys and for those of queries.
 _PLAIN_BWD = {
     "sm_80": {
-        # 32 queries a step: 64 of them spill 150 bytes with grouped heads.
-        64: (AttentionBwdConfig(32, 128, 8, 2), AttentionBwdConfig(128, 64, 8, 2)),
-        # 128 keys spill 800 bytes; 64 keys of queries leave no second stage.
-        128: (AttentionBwdConfig(64, 64, 8, 2), AttentionBwdConfig(128, 32, 8, 2)),
+        64: (AttentionBwdConfig(64, 128, 8, 2), AttentionBwdConfig(128, 64, 8, 2)),
+        # 16 keys a warp, so that weights stay in registers between two products. 64 queries a step spill 72
+        # bytes, and so do 64 keys of queries (40).
+        128: (AttentionBwdConfig(32, 128, 8, 2), AttentionBwdConfig(128, 32, 8, 2)),
         256: (AttentionBwdConfig(32, 32, 8, 1), AttentionBwdConfig(32, 64, 8, 1)),
     },
     "sm_90": {
-        64: (AttentionBwdConfig(32, 128, 8, 2), AttentionBwdConfig(128, 64, 8, 2)),
-        # Spills 168 bytes, the least of the tiles that wgmma takes (64 x 128: 450), few of them in the loop.
+        64: (AttentionBwdConfig(64, 128, 8, 2), AttentionBwdConfig(128, 128, 8, 2)),
+        # 64 queries a step spill 280 bytes.
         128: (AttentionBwdConfig(32, 128, 8, 2), AttentionBwdConfig(128, 64, 8, 2)),
         256: (AttentionBwdConfig(32, 32, 8, 1), AttentionBwdConfig(32, 64, 8, 1)),
     },
 }
 _MORE_BWD = {
     64: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 64, 4, 1)),
-    128: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 32, 4, 1)),
-    256: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 1)),
+    128: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 32, 8, 1)),
+    256: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(16, 32, 8, 1)),
 }
-# 4 warps spill a kilobyte.
+# 4 warps spill a kilobyte, and 32 queries 16 to 9200 bytes.
 _FLOAT32_BWD = {
-    64: (AttentionBwdConfig(32, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 1)),
-    128: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 1)),
-    256: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 1)),
+    64: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 1)),
+    128: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(16, 32, 8, 1)),
+    256: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(16, 32, 16, 1)),
 }
 
 
@@ -255,8 +255,15 @@ def attention_bwd_config(
     """Tiles of the gradients of keys, and of those of queries; arguments as of attention_fwd_config."""
     width = max(width, 64)
     if itemsize == 4:
-        return _FLOAT32_BWD[width]
-    return _PLAIN_BWD.get(target, _PLAIN_BWD["sm_80"])[width] if plain else _MORE_BWD[width]
+        configs = _FLOAT32_BWD[width]
+    elif plain:
+        configs = _PLAIN_BWD.get(target, _PLAIN_BWD["sm_80"])[width]
+    else:
+        configs = _MORE_BWD[width]
+    if target.startswith("gfx"):  # whose warps have 64 threads, with up to 512 registers each
+        keys, queries = (c._replace(num_warps=c.num_warps // 2) for c in configs)
+        configs = keys, queries
+    return configs
 
 
 class SumConfig(NamedTuple):
@@ -265,7 +272,7 @@ class SumConfig(NamedTuple):
 
 
 # Tiles of the returned weights, of the sums of biases, and of delta. With 4 warps a call with every argument
-# spills 8 bytes at a width of 64.
+# spills 40 bytes at a width of 256, although 8 compute the products of 16 queries four times.
 ATTENTION_SUMS = SumConfig(32, 8)
 
 
