@@ -261,7 +261,7 @@ def attention_bwd_config(
     else:
         configs = _MORE_BWD[width]
     if target.startswith("gfx"):  # whose warps have 64 threads, with up to 512 registers each
-        keys, queries = (c._replace(num_warps=c.num_warps // 2) for c in configs)
+        keys, queries = (c._replace(num_warps=min(4, c.num_warps // 2)) for c in configs)
         configs = keys, queries
     return configs
 
