@@ -26,7 +26,6 @@ from .attention_tiles import (
 )
 from .masks import real_keys
 
-
 # Columns of a row that registers hold at a time where its products serve one tile alone: whole rows spill.
 MOST_COLUMNS: tl.constexpr = tl.constexpr(64)
 
