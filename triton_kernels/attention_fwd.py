@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .attention_call import SIZES, AttentionCall, Rows, RowStats, attention_call, rows_of, stats_strides
 from .attention_tiles import (
@@ -34,6 +33,7 @@ from .attention_tiles import (
     tile_unit,
 )
 from .configs import AttentionFwdConfig, attention_fwd_config
+from .descriptors import descriptors_of, fits_descriptor
 from .launch import MAX_GRID, arch, ceil_div, on_device
 from .masks import head_of, key_blocks, masks_keys, real_keys
 
@@ -343,27 +343,17 @@ def attention_fwd(
 
 def fwd_config(call: AttentionCall, target: str) -> AttentionFwdConfig:
     sides = sum(side is not None for side in call.sizes[4:6])
+    # Where heads end takes registers too: at D = 128 on sm_90 lengths spill 40 bytes ahead, 16 with one side.
+    if call.packed:
+        sides = max(sides, 1)
+    elif call.tensors.lengths_ptr is not None:
+        sides = 2
     fills_tile = (call.D, call.D_v) == (call.flags["BLOCK_D"], call.flags["BLOCK_DV"])
     plain = call.is_plain and (call.dtype.itemsize == 2 or fills_tile)
     config = attention_fwd_config(target, call.dtype.itemsize, call.widest, plain, sides, call.M)
-    if config.ahead and not all(_fits_descriptor(rows) for rows in call.tensors[:3]):
+    if config.ahead and not all(fits_descriptor(rows) for rows in call.tensors[:3]):
         config = attention_fwd_config(target, call.dtype.itemsize, call.widest, False, sides, call.M)
     return config
-
-
-def _fits_descriptor(rows: Rows) -> bool:
-    """Whether the copy engine can read a tensor: everything in it begins at a multiple of 16 bytes."""
-    tensor = rows.ptr
-    step = 16 // tensor.element_size()
-    sizes = (1, *tensor.shape[1::-1]) if tensor.dim() == 3 else tensor.shape[:3]
-    return (
-        tensor.data_ptr() % 16 == 0
-        and 0 not in tensor.shape
-        and all(
-            size == 1 or (stride > 0 and stride % step == 0)
-            for size, stride in zip(sizes, rows[1:4], strict=True)
-        )
-    )
 
 
 def _launch(call: AttentionCall, out: Rows, stats: RowStats, target: str) -> None:
@@ -376,7 +366,7 @@ def _launch(call: AttentionCall, out: Rows, stats: RowStats, target: str) -> Non
         total = stats.lse_ptr.numel()
         new = stats.lse_ptr.new_empty
         shares = Shares(new(splits, total, call.D_v), new(splits, total), new(splits, total), total)
-    descriptors = _descriptors(call, config) if config.ahead else None
+    descriptors = descriptors_of(call, config.block_m, config.block_n) if config.ahead else None
     for first_b in range(0, call.B, MAX_GRID):
         batch = min(call.B - first_b, MAX_GRID)
         _attention_fwd_kernel[(tiles * splits, call.H, batch)](
@@ -413,25 +403,6 @@ def _launch(call: AttentionCall, out: Rows, stats: RowStats, target: str) -> Non
                 num_warps=4,
                 enable_fp_fusion=True,
             )
-
-
-def _descriptors(call: AttentionCall, config: AttentionFwdConfig) -> tuple[TensorDescriptor, ...]:
-    """What the copy engine needs to know of query, key and value: [B, H, M, D], packed [1, H, total, D]."""
-    width, value_width = (call.D, call.flags["BLOCK_D"]), (call.D_v, call.flags["BLOCK_DV"])
-    return (
-        _descriptor(call.tensors.query, call.H, *width, config.block_m),
-        _descriptor(call.tensors.key, call.H_kv, *width, config.block_n),
-        _descriptor(call.tensors.value, call.H_kv, *value_width, config.block_n),
-    )
-
-
-def _descriptor(rows: Rows, heads: int, width: int, block_width: int, block: int) -> TensorDescriptor:
-    tensor = rows.ptr
-    packed = tensor.dim() == 3
-    shape = [1 if packed else tensor.shape[0], heads, tensor.shape[0 if packed else 2], width]
-    # The strides of dimensions of one element may be anything, but not to the copy engine.
-    row = [stride if size > 1 else block_width for size, stride in zip(shape, rows[1:4], strict=False)]
-    return TensorDescriptor(tensor, shape, [*row, 1], [1, 1, block, block_width])
 
 
 def _visible_keys(call: AttentionCall) -> int:

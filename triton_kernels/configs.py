@@ -172,10 +172,13 @@ for _target in ("sm_100", "sm_103"):
     _PLAIN[_target] = _PLAIN["sm_80"] | {64: _narrow}
 # The same for calls with more in a score's way, whose tiles need registers for it.
 _MORE = {
-    64: AttentionFwdConfig(64, 64, 4, 2, 2, False),
-    128: AttentionFwdConfig(64, 64, 8, 2, 2, False),
-    256: AttentionFwdConfig(64, 32, 8, 2, 2, False),
+    "sm_80": {
+        64: AttentionFwdConfig(64, 64, 4, 2, 2, False),
+        128: AttentionFwdConfig(64, 64, 8, 2, 2, False),
+        256: AttentionFwdConfig(64, 32, 8, 2, 2, False),
+    }
 }
+_MORE["sm_120"] = _MORE["sm_80"] | {64: AttentionFwdConfig(64, 32, 4, 2, 2, False)}  # 64 keys spill 24 bytes
 # {width: tiles of plain calls whose heads fill the width, and of others, which spill up to 136 bytes in the
 # former}. Products of single numbers hold whole rows of both operands in registers: 4 warps spill 256 bytes.
 # With every argument the widest still spill 8 bytes on sm_80: 16 warps 200, 64 keys 264, and fewer than 32
@@ -204,7 +207,7 @@ def attention_fwd_config(
     elif plain:
         config = _PLAIN.get(target, _PLAIN["sm_80"])[width][sides]
     else:
-        config = _MORE[width]
+        config = _MORE.get(target, _MORE["sm_80"])[width]
     if M <= _FEW_QUERIES:
         config = config._replace(block_m=16, num_warps=8 if itemsize == 4 else 4, ahead=False)
     if target.startswith("gfx") and config.num_warps == 8:
