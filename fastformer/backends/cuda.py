@@ -115,3 +115,4 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
 
 norm_fwd = partial(raw_ops.norm_fwd, "cuda")
 norm_bwd = partial(raw_ops.norm_bwd, "cuda")
+attention_fwd = partial(raw_ops.attention_fwd, "cuda")

@@ -1,15 +1,18 @@
-// csrc/cuda/norm_plan.h for ctypes: the tests take every choice of kernel and grid from where the launcher
-// takes it.
+// The plans of csrc/cuda for ctypes: the tests take every choice of kernel and grid from where the launchers
+// take it.
+#include "cuda/attention_plan.h"
 #include "cuda/norm_plan.h"
 
 using namespace fastformer::cuda;
 
 extern "C" {
-int64_t size_of_fwd() { return sizeof(NormFwdParams); }
-int64_t size_of_bwd() { return sizeof(NormBwdParams); }
+int64_t size_of_NormFwdParams() { return sizeof(NormFwdParams); }
+int64_t size_of_NormBwdParams() { return sizeof(NormBwdParams); }
+int64_t size_of_AttentionFwdParams() { return sizeof(AttentionFwdParams); }
 const char* kernel_name(int32_t kernel) { return name_of(static_cast<NormKernel>(kernel)); }
 void plan_fwd(NormFwdParams* p, NormPlan* plan) { *plan = plan_norm_fwd(*p); }
 void plan_bwd(NormBwdParams* p, int32_t multiprocessors, bool need_parameters, NormBwdPlan* plan) {
   *plan = plan_norm_bwd(*p, multiprocessors, need_parameters);
 }
+void plan_attention(AttentionFwdParams* p, AttentionPlan* plan) { *plan = plan_attention_fwd(*p); }
 }

@@ -14,7 +14,8 @@ from fastformer.backends import cuda
 from fastformer.specs import NormSpec
 from tests.ptxvm import nvcc
 
-from .emulated import CSRC, NormBwdParams, NormBwdPlan, NormFwdParams, NormPlan, plans
+from .emulated import NormBwdParams, NormBwdPlan, NormFwdParams, NormPlan
+from .structures import CSRC, plans
 
 SPEC = NormSpec("layer", 1e-5)
 BUILD = {"nvcc": "13.0.88", "archs": ["8.0", "9.0", "10.0", "12.0+PTX"]}
