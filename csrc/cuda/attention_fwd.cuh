@@ -30,7 +30,7 @@ struct ForwardTile {
   const uint32_t shared;
   const uint32_t q_address, k_address, v_address;  // for ldmatrix
   Copier keys, values;
-  RealKeys<kBlockN> real, next_real;  // unless kPlain: of the block at hand, of the one whose K comes next
+  RealKeys real, next_real;  // unless kPlain: of the block at hand, of the one whose K comes next
   uint64_t seed = 0;
   RowState<kRowTiles> state;
   float out[kRowTiles][kD / 8][4] = {};
@@ -69,14 +69,11 @@ struct ForwardTile {
 
   // Keys of a block of which `left` are to be read, counted from the thread's first row.
   __device__ __forceinline__ void copy_block(Copier& rows, int place, int left,
-                                             const RealKeys<kBlockN>& of_block) const {
+                                             const RealKeys& of_block) const {
     if constexpr (kPlain) {
       copy<kBlockN>(rows, place, [&](int i) { return i * kStep < left; });
     } else {
-      copy<kBlockN>(rows, place, [&](int i) {
-        const int row = i * kStep + Copier::first_row();
-        return (of_block.words[kBlockN > kWarp ? row / kWarp : 0] >> row % kWarp & 1) != 0;
-      });
+      copy<kBlockN>(rows, place, [&](int i) { return of_block.has(i * kStep + Copier::first_row()); });
     }
   }
 

@@ -100,17 +100,17 @@ __device__ __forceinline__ void find_real_range(const AttentionFwdParams& p, Hea
   head.key_end = max(end, begin);
 }
 
-// Bit j of word w: whether key n0 + 32 w + j is real. The same in all lanes of a warp.
-template <int kBlockN>
+// Bit j: whether key n0 + j is real. The same in all lanes of a warp.
 struct RealKeys {
-  uint32_t words[kBlockN / kWarp];
+  uint64_t bits;
+
+  __device__ __forceinline__ bool has(int j) const { return bits >> j & 1; }
 
   __device__ __forceinline__ void find(const AttentionFwdParams& p, const Head& head, int n0) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-#pragma unroll
-    for (int w = 0; w < kBlockN / kWarp; ++w) {
-      words[w] = __ballot_sync(0xffffffffu, is_real(p, head, n0 + kWarp * w + lane));
-    }
+    const int j = n0 + static_cast<int>(threadIdx.x) % kWarp;
+    const uint32_t low = __ballot_sync(0xffffffffu, is_real(p, head, j));
+    const uint32_t high = __ballot_sync(0xffffffffu, is_real(p, head, j + kWarp));
+    bits = low | uint64_t{high} << kWarp;
   }
 };
 
@@ -146,9 +146,11 @@ __device__ __forceinline__ void hide_outside(const AttentionFwdParams& p, const 
 // hid is not read.
 template <int kRowTiles, int kTiles>
 __device__ __forceinline__ void hide_masked(const AttentionFwdParams& p, const Head& head,
-                                            const RealKeys<kTiles * 8>& real, int i0, int n0,
+                                            const RealKeys& real, int i0, int n0,
                                             float (&scores)[kRowTiles][kTiles][4]) {
+  static_assert(kTiles <= 8, "a tile of keys has 64 bits");
   const bool masked = p.mask.data != nullptr;
+  const uint64_t lane_bits = real.bits >> lane_column();
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -161,7 +163,7 @@ __device__ __forceinline__ void hide_masked(const AttentionFwdParams& p, const H
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int j = n0 + 8 * n + lane_column() + e;
-          bool seen = real.words[n / 4] >> (8 * (n % 4) + lane_column() + e) & 1;
+          bool seen = lane_bits >> (8 * n + e) & 1;
           if (masked && seen && i < head.M && j >= keys.begin && j < keys.end) {
             seen = row[j * p.mask.stride_n] != 0;
           }

@@ -132,7 +132,7 @@ __device__ __forceinline__ void multiply_keys(uint32_t q_address, uint32_t k_add
     for (int n = 0; n < kTiles; ++n) scores[m][n][0] = scores[m][n][1] = scores[m][n][2] = scores[m][n][3] = 0;
   }
   // Each load is issued one product ahead of its use.
-  constexpr int kPairs = kTiles / 2, kLoads = P::kCount * P::kSteps * kPairs;
+  constexpr int kPairs = kTiles / 2, kSteps = kD / 16;
   uint32_t q[kRowTiles][4], k[2][4];
   const auto load_q = [&](int s) {
 #pragma unroll
@@ -145,17 +145,19 @@ __device__ __forceinline__ void multiply_keys(uint32_t q_address, uint32_t k_add
     const int s = i / kPairs, n = i % kPairs;
     load_matrices(at_step(k_address, s % P::kSteps) + (s / P::kSteps * kPairs + n) * 16 * P::kPitch, k[i % 2]);
   };
-  load_q(0);
   load_k(0);
 #pragma unroll
-  for (int i = 0; i < kLoads; ++i) {
-    const int s = i / kPairs, n = i % kPairs;
-    if (i + 1 < kLoads) load_k(i + 1);
-    if (n == 0 && i > 0) load_q(s);
+  for (int s = 0; s < kSteps; ++s) {
+    load_q(s);
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-      multiply<kType>(scores[m][2 * n], q[m], k[i % 2][0], k[i % 2][1]);
-      multiply<kType>(scores[m][2 * n + 1], q[m], k[i % 2][2], k[i % 2][3]);
+    for (int n = 0; n < kPairs; ++n) {
+      const int i = s * kPairs + n;
+      if (i + 1 < kSteps * kPairs) load_k(i + 1);
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        multiply<kType>(scores[m][2 * n], q[m], k[i % 2][0], k[i % 2][1]);
+        multiply<kType>(scores[m][2 * n + 1], q[m], k[i % 2][2], k[i % 2][3]);
+      }
     }
   }
 }
@@ -167,29 +169,35 @@ __device__ __forceinline__ void multiply_values(uint32_t v_address,
                                                 const float (&weights)[kRowTiles][kTiles][4],
                                                 float (&out)[kRowTiles][kD / 8][4]) {
   using P = Panel<kD>;
-  constexpr int kColumns = kD / 16, kLoads = kTiles / 2 * kColumns;
+  constexpr int kColumns = kD / 16, kPairs = kTiles / 2;
   uint32_t a[kRowTiles][4], v[2][4];
   const auto load_v = [&](int i) {
     const int n = i / kColumns, column = i % kColumns;
     load_matrices_transposed(at_step(v_address, column % P::kSteps) +
-                                 (column / P::kSteps * kTiles / 2 + n) * 16 * P::kPitch,
+                                 (column / P::kSteps * kPairs + n) * 16 * P::kPitch,
                              v[i % 2]);
   };
   load_v(0);
 #pragma unroll
-  for (int i = 0; i < kLoads; ++i) {
-    const int n = i / kColumns, column = i % kColumns;
-    if (i + 1 < kLoads) load_v(i + 1);
+  for (int n = 0; n < kPairs; ++n) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-      for (int half = 0; half < 2 && column == 0; ++half) {
+      for (int half = 0; half < 2; ++half) {
         const float(&w)[4] = weights[m][2 * n + half];
         a[m][2 * half] = pack_halves(w[0], w[1], kType);
         a[m][2 * half + 1] = pack_halves(w[2], w[3], kType);
       }
-      multiply<kType>(out[m][2 * column], a[m], v[i % 2][0], v[i % 2][1]);
-      multiply<kType>(out[m][2 * column + 1], a[m], v[i % 2][2], v[i % 2][3]);
+    }
+#pragma unroll
+    for (int column = 0; column < kColumns; ++column) {
+      const int i = n * kColumns + column;
+      if (i + 1 < kPairs * kColumns) load_v(i + 1);
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        multiply<kType>(out[m][2 * column], a[m], v[i % 2][0], v[i % 2][1]);
+        multiply<kType>(out[m][2 * column + 1], a[m], v[i % 2][2], v[i % 2][3]);
+      }
     }
   }
 }
