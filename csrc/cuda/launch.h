@@ -6,6 +6,8 @@
 #include <optional>
 #include <tuple>
 
+#include "../attention_arguments.h"
+
 namespace fastformer::cuda {
 
 using torch::stable::Tensor;
@@ -19,5 +21,8 @@ FourTensors norm_bwd(const Tensor& grad_out, const std::optional<Tensor>& grad_s
                      const std::optional<Tensor>& weight, const Tensor& mean, const Tensor& rstd,
                      const std::optional<Tensor>& seed, bool rms, double dropout_p, bool need_dweight,
                      bool need_dbias);
+
+// out, lse, row_max, row_sum
+FourTensors attention_fwd(FASTFORMER_ATTENTION_PARAMETERS);
 
 }  // namespace fastformer::cuda
