@@ -1,8 +1,10 @@
 """What the cuda backend refuses, and why; which kernels and grids the launcher would choose."""
 
 import ctypes
+import math
 import re
 import subprocess
+from dataclasses import dataclass
 
 import hypothesis
 import pytest
@@ -10,8 +12,9 @@ import torch
 from hypothesis import strategies as st
 
 import fastformer
-from fastformer.backends import cuda
-from fastformer.specs import NormSpec
+from fastformer import dispatch
+from fastformer.backends import cuda, triton
+from fastformer.specs import AttentionSpec, NormSpec
 from tests.ptxvm import nvcc
 
 from .emulated import NormBwdParams, NormBwdPlan, NormFwdParams, NormPlan
@@ -97,19 +100,70 @@ def test_cpu_tensors_are_refused():
         fastformer.layer_norm(x, (8,), backend="cuda")
 
 
-@pytest.mark.parametrize("op", ["attention_fwd", "attention_bwd", "feed_forward_fwd", "feed_forward_bwd"])
+@pytest.mark.parametrize("op", ["attention_bwd", "attention_weights", "feed_forward_fwd", "feed_forward_bwd"])
 def test_operators_to_come_are_refused(machine, op):
     assert cuda.why_not(op, None, (torch.randn(2, 8),)) == f"it has no {op} yet"
 
 
 def test_float64_is_refused(machine):
-    x = torch.empty(2, 8, dtype=torch.float64, device="meta")
+    x = OnCuda((2, 8), torch.float64)
+    assert "not float64" in cuda.why_not("norm_fwd", SPEC, (x, None, None, None, None))
 
-    class OnCuda:
-        device, dtype, shape = torch.device("cuda", 0), x.dtype, x.shape
-        is_floating_point, numel = x.is_floating_point, x.numel
 
-    assert "not float64" in cuda.why_not("norm_fwd", SPEC, (OnCuda(), None, None, None, None))
+@dataclass
+class OnCuda:
+    """As much of a CUDA tensor as a refusal asks for, without a GPU."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.bfloat16
+    device: torch.device = torch.device("cuda", 0)
+
+    def is_floating_point(self):
+        return self.dtype.is_floating_point
+
+    def numel(self):
+        return math.prod(self.shape)
+
+    def dim(self):
+        return len(self.shape)
+
+
+def attention_tensors(M=40, N=40, D=64, D_v=64, **more):
+    shapes = ((2, 4, M, D), (2, 2, N, D), (2, 2, N, D_v))
+    return *(OnCuda(shape, **more) for shape in shapes), *(None,) * 9
+
+
+@pytest.mark.parametrize(
+    "given, spec, reason",
+    [
+        ({}, {}, None),
+        ({"D": 1, "D_v": 256}, {}, None),
+        ({"M": 16, "N": 511}, {}, None),
+        ({"dtype": torch.float16}, {"left": 3, "softcap": 2.0, "dropout_p": 0.1}, None),
+        ({"dtype": torch.float32}, {}, "bfloat16 and float16, not float32"),
+        ({"D": 257}, {}, "head dims of 1 to 256, and query's is 257"),
+        ({"D_v": 0}, {}, "head dims of 1 to 256, and value's is 0"),
+        ({"M": 2**28, "N": 2**28}, {}, "536870912 queries and keys of a head"),
+        ({"M": 1, "N": 4096}, {}, "does not divide the keys of few queries, here 4096 of 1,"),
+        ({}, {"return_weights": "mean"}, "returns no weights yet"),
+    ],
+)
+def test_what_attention_refuses(machine, given, spec, reason):
+    said = cuda.why_not("attention_fwd", AttentionSpec(0.1, **spec), attention_tensors(**given))
+    assert said is None if reason is None else reason in said
+
+
+@pytest.mark.parametrize("capability, first", [((8, 0), "cuda"), ((12, 0), "cuda"), ((9, 0), "triton")])
+def test_attention_goes_to_the_faster_kernel(machine, capability, first):
+    """Backward has no kernel here yet, and goes to Triton's beside a forward of ours."""
+    machine.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    machine.setattr(triton, "why_not", lambda op, spec, tensors: None)
+    spec, tensors = AttentionSpec(0.1), attention_tensors()
+    assert dispatch.choose("attention_fwd", spec, tensors, "auto") is dispatch.BACKENDS[first]
+    assert dispatch.choose("attention_fwd", spec, tensors, "cuda") is cuda
+    assert dispatch.choose("attention_bwd", spec, tensors, "auto") is triton
+    machine.setattr(triton, "why_not", lambda op, spec, tensors: "it is not installed")
+    assert dispatch.choose("attention_fwd", spec, tensors, "auto") is cuda
 
 
 ROWS = st.integers(1, 100_000)
