@@ -140,7 +140,9 @@ def _attention_refusal(spec: AttentionSpec, tensors: tuple[Tensor | None, ...]) 
     M, N = (spec.max_seqlen_q, spec.max_seqlen_k) if packed else (query.shape[2], key.shape[2])
     assert M is not None and N is not None
     if M + N >= _MAX_POSITIONS or math.prod(query.shape[:-1]) > _MAX_ROWS:
-        return f"its attention takes {_MAX_POSITIONS} queries and keys of a head, and {_MAX_ROWS} rows, at most"
+        return (
+            f"its attention takes {_MAX_POSITIONS} queries and keys of a head, and {_MAX_ROWS} rows, at most"
+        )
     if M <= _FEW_QUERIES and N >= _MANY_KEYS:
         return f"its attention does not divide the keys of few queries, here {N} of {M}, among blocks yet"
     return None

@@ -30,7 +30,7 @@ def kernel(dtype, plan, arch):
     """The instantiation of a plan, by itself, for ptxvm."""
     flags = (f"-DTYPE={DTYPES[dtype]}", f"-DWIDTH={plan.block_d}", f"-DKIND={plan.kind}")
     folders = (f"-I{CSRC}", f"-I{CSRC / 'cuda'}")
-    module = nvcc.compile_module(HERE / "attention_kernel.cu", arch, *folders, *flags)
+    module = nvcc.compile_module(HERE / "instances" / "attention_fwd.cu", arch, *folders, *flags)
     return module.kernel(kernel_name(dtype, plan))
 
 
@@ -40,9 +40,7 @@ def _contiguous_rows(tensor):
 
 def _strides(tensor):
     """0 where a dimension has one element."""
-    return [
-        0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    ]
+    return [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
 @dataclass

@@ -110,13 +110,16 @@ def test_float64_is_refused(machine):
     assert "not float64" in cuda.why_not("norm_fwd", SPEC, (x, None, None, None, None))
 
 
+GPU = torch.device("cuda", 0)
+
+
 @dataclass
 class OnCuda:
     """As much of a CUDA tensor as a refusal asks for, without a GPU."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.bfloat16
-    device: torch.device = torch.device("cuda", 0)
+    device: torch.device = GPU
 
     def is_floating_point(self):
         return self.dtype.is_floating_point

@@ -37,10 +37,15 @@ def _release(nvcc):
 
 @functools.cache
 def compile_module(source, arch, *flags):
-    """The emulator's Module of `source` compiled for compute_<arch> ("80", "90a").
+    """The emulator's Module of `compile_text`."""
+    return load(compile_text(source, arch, *flags))
+
+
+def compile_text(source, arch, *flags):
+    """The PTX of `source` compiled for compute_<arch> ("80", "90a").
 
     Skips the test where nvcc is absent. The cache's key covers everything that lies beside the source or in
-    a folder above it that `-I` names, so a changed header compiles again.
+    a folder that `-I` names, so a changed header compiles again.
     """
     nvcc = find_nvcc()
     if nvcc is None:
@@ -59,4 +64,4 @@ def compile_module(source, arch, *flags):
             subprocess.run([nvcc, *command, str(source), "-o", str(fresh)], check=True)
             shutil.copy(fresh, ptx.with_suffix(f".{os.getpid()}"))
             ptx.with_suffix(f".{os.getpid()}").replace(ptx)
-        return load(ptx.read_text())
+        return ptx.read_text()
