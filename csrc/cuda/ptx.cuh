@@ -117,6 +117,37 @@ __device__ __forceinline__ uint4 load_shared(uint32_t shared) {
   return words;
 }
 
+// Starts over what other blocks have written: everything before their `store_release` of what is read here.
+__device__ __forceinline__ int32_t load_acquire(const int32_t* address) {
+  int32_t value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_release(int32_t* address, int32_t value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+// From L2, where other blocks' stores arrive.
+__device__ __forceinline__ void load_past_l1(const float* address, float (&values)[4]) {
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
+               : "l"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_past_l1(float* address, const float (&values)[4]) {
+  asm volatile("st.global.cg.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(values[0]), "f"(values[1]),
+               "f"(values[2]), "f"(values[3])
+               : "memory");
+}
+
+__device__ __forceinline__ float2 load_shared_pair(uint32_t shared) {
+  float2 pair;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(shared) : "memory");
+  return pair;
+}
+
 // Four 8x8 matrices of 16-bit elements. Lane 8 i + r gives the address of row r of matrix i, 16 bytes; word i
 // of lane l becomes row l / 4, columns 2 (l % 4) and the next, of matrix i.
 __device__ __forceinline__ void load_matrices(uint32_t shared, uint32_t (&words)[4]) {

@@ -1,0 +1,433 @@
+// Attention backward: one pass over keys with five products (Dao, "FlashAttention-2", 2023).
+//   w_ij = exp(s_ij - row_max_i) / row_sum_i        ds_ij = w_ij (keep_ij (grad_out_i . v_j) / (1 - p) + offset_i)
+//   dv_j = sum_i keep_ij w_ij / (1 - p) grad_out_i   dk_j = scale sum_i ds_ij q_i   dq_i = scale sum_j ds_ij k_j
+// A block holds the sums of dK and dV of its keys in registers and walks over the queries. Each tile of dQ
+// lies in a float32 workspace, to which the blocks of keys add in their order: no atomics, the same bits always.
+//
+// Why not a pass of its own for dQ, which would write nothing but dQ: at D = 128 a step of 64 queries and 128
+// keys takes 320 mma.m16n8k16 of a warp; the turn takes 16 loads and stores of 16 bytes and some 20
+// instructions, and 64 KB of L2's bandwidth in 5120 cycles of tensor cores. Two passes take 448 mma, and what
+// lies between products twice: 1.4 times the time even where tensor cores never wait. DRAM sees 12 M D bytes
+// more of a head (the workspace written, and read once), and the step's exponentials once, not twice.
+//
+// Order: a ticket tells a program its keys, so that programs start in the order of their keys on any machine,
+// and they walk from the last query to the first: those before have passed wherever this one arrives, window or
+// diagonal. A turn is taken before the products and given back after the last, so that neither the sums'
+// latency nor the fence is waited for.
+#pragma once
+
+#include "attention_bwd_rows.cuh"
+
+namespace fastformer::cuda {
+
+// Tiles of queries that see a block of keys, by number, begin <= full_begin <= full_end <= end; those in
+// [full_begin, full_end) see all of it, masks apart. Rows past the last query hide nothing: their weights are 0.
+struct QueryTiles {
+  int begin, full_begin, full_end, end;
+};
+
+template <int kBlockM, int kBlockN>
+__device__ __forceinline__ QueryTiles query_tiles(const AttentionFwdParams& p, const Head& head, int n0) {
+  const int first_key = max(n0, head.key_begin), last_key = min(n0 + kBlockN, head.key_end) - 1;
+  const int first = max(0, first_key - head.offset - p.right);
+  const int last = min(head.M - 1, last_key - head.offset + p.left);
+  if (first_key > last_key || first > last) return {0, 0, 0, 0};
+  QueryTiles tiles{first / kBlockM, 0, 0, last / kBlockM + 1};
+  const bool whole = n0 >= head.key_begin && n0 + kBlockN <= head.key_end;
+  const int full_first = max(0, last_key - head.offset - p.right);
+  const int full_end = first_key - head.offset + p.left + 1;
+  tiles.full_begin = min((full_first + kBlockM - 1) / kBlockM, tiles.end);
+  tiles.full_end = full_end >= head.M ? tiles.end : max(full_end, 0) / kBlockM;
+  tiles.full_end = max(whole ? tiles.full_end : 0, tiles.full_begin);
+  return tiles;
+}
+
+// How many blocks of keys come before the block of n0 among those that tile m0 sees.
+template <int kBlockN>
+__device__ __forceinline__ int turn_of(const AttentionFwdParams& p, const Head& head, int m0, int n0) {
+  return n0 / kBlockN - max(head.key_begin, m0 + head.offset - p.left) / kBlockN;
+}
+
+template <DType kType, int kD, bool kPlain>
+struct BackwardPass {
+  static constexpr BackwardTile kTile = backward_tile(kD, kPlain);
+  static constexpr int kBlockM = kTile.block_m, kBlockN = kTile.block_n, kThreads = kTile.threads();
+  static constexpr int kWarps = BackwardTile::kWarps, kStages = kTile.stages;
+  // Of scores, a warp's [16 kRowTiles, 8 kTiles] of [kBlockM, kBlockN].
+  static constexpr int kScoreRows = kTile.score_rows, kRowTiles = kBlockM / 16 / kScoreRows;
+  static constexpr int kTiles = kBlockN / 8 / (kWarps / kScoreRows);
+  // Of dK and dV, of [kBlockN, kD].
+  static constexpr int kKeyRows = kTile.key_rows, kKeyRowTiles = kBlockN / 16 / kKeyRows;
+  static constexpr int kKeyTiles = kD / 8 / (kWarps / kKeyRows);
+  using Sums = QuerySums<kD, kPlain>;
+  // Bytes from K's place in shared memory. A stage is Q, dO and the rows' pivots.
+  static constexpr int kPlaceOfV = 2 * kBlockN * kD, kPlaceOfQ = 2 * kPlaceOfV;
+  static constexpr int kGradOut = 2 * kBlockM * kD, kPivots = 2 * kGradOut, kStage = kPivots + 8 * kBlockM;
+  static constexpr int kPlaceOfP = kPlaceOfQ + kStages * kStage, kScores = 2 * kBlockM * kBlockN;
+  using Copier = RowCopier<kD, kThreads, false>;
+  using Scores = float[kRowTiles][kTiles][4];
+
+  const AttentionBwdParams& p;
+  const AttentionFwdParams& call;
+  // In shared memory: what full blocks do not need takes no registers there.
+  const Head& head;
+  const QueryTiles& tiles;
+  const int n0;
+  int tile;   // of queries
+  int stage;  // its place's offset
+  int64_t first_slot;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int warp_row = warp % kScoreRows * 16 * kRowTiles;
+  const int warp_key = warp / kScoreRows * 8 * kTiles;
+  const uint32_t shared;
+  RealKeys real;  // unless kPlain
+  uint64_t seed = 0;
+  float dk[kKeyRowTiles][kKeyTiles][4] = {};
+  float dv[kKeyRowTiles][kKeyTiles][4] = {};
+
+  __device__ __forceinline__ BackwardPass(const AttentionBwdParams& p, const Head& head,
+                                          const QueryTiles& tiles, int n0, uint32_t shared)
+      : p(p), call(p.call), head(head), tiles(tiles), n0(n0), shared(shared) {
+    if (!kPlain && call.threshold > 0) seed = *call.seed;
+  }
+
+  template <int kRows, typename IsReal>
+  __device__ __forceinline__ void copy(Copier rows, int place, IsReal is_real) const {
+    if (kPlain || p.aligned) {
+      rows.template start<kRows>(shared + place, is_real);
+    } else {
+      rows.template copy_elements<kRows>(shared + place, is_real);
+    }
+  }
+
+  __device__ __forceinline__ void copy_keys() {
+    const Copier keys(call.key, head.b, head.h_kv, head.first_key + n0, call.D);
+    const Copier values(call.value, head.b, head.h_kv, head.first_key + n0, call.D_v);
+    const auto is_real = [&](int i) {
+      const int row = i * Copier::kStep + Copier::first_row();
+      if constexpr (kPlain) {
+        return n0 + row < head.key_end;
+      } else {
+        return real.has(row);
+      }
+    };
+    copy<kBlockN>(keys, 0, is_real);
+    copy<kBlockN>(values, kPlaceOfV, is_real);
+  }
+
+  // Starts copies of a tile's Q, dO and pivots.
+  __device__ __forceinline__ void copy_queries(int tile, int stage) const {
+    const int m0 = tile * kBlockM, left = head.M - m0 - Copier::first_row();
+    const auto is_real = [&](int i) { return i * Copier::kStep < left; };
+    const Copier queries(call.query, head.b, head.h, head.first_query + m0, call.D);
+    copy<kBlockM>(queries, kPlaceOfQ + stage, is_real);
+    const Copier grads(p.grad_out, head.b, head.h, head.first_query + m0, call.D_v);
+    copy<kBlockM>(grads, kPlaceOfQ + kGradOut + stage, is_real);
+    const int unit = static_cast<int>(threadIdx.x);
+    if (unit < kBlockM / 2) {
+      const float* const pivots = p.pivots + (first_slot + tile) * (2 * kBlockM);
+      copy_async(shared + kPlaceOfQ + kPivots + stage + 16 * unit, pivots + 4 * unit, true);
+    }
+    copies_commit();
+  }
+
+  __device__ __forceinline__ RowPivot pivot(int m, int r) const {
+    const uint32_t row = warp_row + 16 * m + 8 * r + lane_row();
+    const float2 pair = load_shared_pair(shared + kPlaceOfQ + kPivots + stage + 8 * row);
+    return {pair.x, pair.y};
+  }
+
+  // Weights before dropout, from products; softcap's slopes where there is one.
+  template <bool kEdge>
+  __device__ __forceinline__ void make_weights(Scores& scores, Scores& slopes) const {
+    const int i0 = tile * kBlockM + warp_row, j0 = n0 + warp_key;
+    if constexpr (!kPlain) {
+      if (call.softcap != 0.0f) find_slopes(scores, slopes);
+      if (call.logits) make_logits(call, head, i0, j0, scores);
+    }
+    if constexpr (kEdge) hide_outside(call, head, i0, j0, scores);
+    if constexpr (!kPlain) {
+      const RealKeys of_warp{real.bits >> warp_key};
+      hide_masked(call, head, of_warp, i0, j0, scores);
+    }
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float shift = pivot(m, r).shift;
+        float factor = 1.0f;
+        if constexpr (!kPlain) {
+          if (call.logits) factor = p.factors[(first_slot + tile) * kBlockM + i0 % kBlockM + 16 * m + 8 * r + lane_row()];
+        }
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+          for (int e = 2 * r; e < 2 * r + 2; ++e) {
+            float& score = scores[m][n][e];
+            if (!kPlain && call.logits) {
+              score = exp2_approximate((score - shift) * kLog2E) * factor;
+            } else {
+              score = exp2_approximate(fmaf(score, call.factor, -shift));
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // 1 - tanh^2, by which the gradient of a capped score is multiplied.
+  __device__ __forceinline__ void find_slopes(const Scores& products, Scores& slopes) const {
+    const float scale = call.scale / call.softcap;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float capped = tanh_approximate(products[m][n][e] * scale);
+          slopes[m][n][e] = fmaf(-capped, capped, 1.0f);
+        }
+      }
+    }
+  }
+
+  // dropout(weights) and dropout(their gradients), by the map that `drop` tells.
+  __device__ __forceinline__ void drop_both(Scores& weights, Scores& grads) const {
+    drop(call, head, seed, tile * kBlockM + warp_row, n0 + warp_key, weights);
+    drop(call, head, seed, tile * kBlockM + warp_row, n0 + warp_key, grads);
+    scale_all(weights, call.dropout_scale);
+    scale_all(grads, call.dropout_scale);
+  }
+
+  // grads: of weights, offset included, to scores.
+  template <bool kEdge>
+  __device__ __forceinline__ void make_gradients(const Scores& weights, Scores& grads) const {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int i = tile * kBlockM + warp_row + 16 * m + 8 * r + lane_row();
+        const bool constant = kEdge && sees_one_key(call, head, i);
+        const float offset = kPlain && !kEdge ? 0.0f : pivot(m, r).offset;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+          for (int e = 2 * r; e < 2 * r + 2; ++e) {
+            float& grad = grads[m][n][e];
+            const float weight = weights[m][n][e];
+            if constexpr (kPlain && !kEdge) {
+              grad *= weight;
+            } else {
+              const float below = constant ? offset : kPlain ? grad : grad + offset;
+              grad = weight == 0.0f ? 0.0f : weight * below;  // whatever a hidden key gave
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // The offset comes with the product, unless dropout is to come between.
+  __device__ __forceinline__ void start_gradients(Scores& grads) const {
+    if constexpr (!kPlain) {
+      set_zero(grads);
+      return;
+    }
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float offset = pivot(m, r).offset;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) grads[m][n][2 * r] = grads[m][n][2 * r + 1] = offset;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void write_bias_gradient(const Scores& grads) const {
+    const int64_t at = head.b * p.grad_bias.stride_b + head.h * p.grad_bias.stride_h;
+    void* const base = row_at(p.grad_bias.data, p.grad_bias.dtype, at);
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int i = tile * kBlockM + warp_row + 16 * m + e / 2 * 8 + lane_row();
+          const int j = n0 + warp_key + 8 * n + lane_column() + e % 2;
+          if (i >= head.M || j >= head.N) continue;
+          store_element(base, p.grad_bias.dtype, i * p.grad_bias.stride_m + j * p.grad_bias.stride_n,
+                        grads[m][n][e]);
+        }
+      }
+    }
+  }
+
+  // P and dS of the tile at hand, into shared memory.
+  template <bool kEdge>
+  __device__ __forceinline__ void make_scores() {
+    const uint32_t queries = units_then_rows<kD>(shared + kPlaceOfQ) + warp_row * kPanelPitch + stage;
+    const uint32_t keys = rows_then_units<kD>(shared) + warp_key * kPanelPitch;
+    const uint32_t place = place_of_lane<kBlockM>(shared + kPlaceOfP, warp_row, warp_key);
+    Scores weights, grads, slopes;
+    set_zero(weights);
+    add_rows_by_rows<kType, kD, kBlockM, kBlockN>(queries, keys, weights);
+    make_weights<kEdge>(weights, slopes);
+    if constexpr (kPlain) store_tile<kBlockM>(place, weights, kType);
+    start_gradients(grads);
+    add_rows_by_rows<kType, kD, kBlockM, kBlockN>(queries + kGradOut, keys + kPlaceOfV, grads);
+    if constexpr (!kPlain) {
+      if (call.threshold > 0) {
+        Scores kept;
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) kept[m][n][e] = weights[m][n][e];
+          }
+        }
+        drop_both(kept, grads);
+        store_tile<kBlockM>(place, kept, kType);
+      } else {
+        store_tile<kBlockM>(place, weights, kType);
+      }
+    }
+    make_gradients<kEdge>(weights, grads);
+    if constexpr (!kPlain) {
+      if (p.grad_bias.data != nullptr) write_bias_gradient(grads);
+      if (call.softcap != 0.0f) {
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) grads[m][n][e] *= slopes[m][n][e];
+          }
+        }
+      }
+    }
+    store_tile<kBlockM>(place + kScores, grads, kType);
+  }
+
+  // dV, dQ and dK of P and dS.
+  __device__ __forceinline__ void add_gradients() {
+    const int warp_of_keys = warp % kKeyRows * 16 * kKeyRowTiles;
+    const int first_column = warp / kKeyRows * 8 * kKeyTiles;
+    const uint32_t weights = at_column<kBlockM>(rows_then_units<kD>(shared + kPlaceOfP), warp_of_keys);
+    const uint32_t queries =
+        at_column<kBlockM>(units_then_rows<kD>(shared + kPlaceOfQ), first_column) + stage;
+
+    const int64_t slot = first_slot + tile;
+    int32_t* const turn = p.turns + slot * kWarps + warp;
+    float* const sums = p.sums + Sums::place(slot, warp);
+    const int before = turn_of<kBlockN>(call, head, tile * kBlockM, n0);
+    float dq[Sums::kRowTiles][Sums::kTiles][4];
+    if (before > 0) {
+      while (load_acquire(turn) != before) continue;
+      Sums::load(sums, dq);
+    } else {
+      set_zero(dq);
+    }
+    add_columns_by_columns<kType, kBlockM>(weights, queries + kGradOut, dv);
+    const uint32_t grads = units_then_rows<kD>(shared + kPlaceOfP + kScores) +
+                           Sums::first_row(warp) * kPanelPitch;
+    const uint32_t keys = at_column<kBlockN>(units_then_rows<kD>(shared), Sums::first_column(warp));
+    add_rows_by_columns<kType, kBlockN, kBlockM>(grads, keys, dq);
+    Sums::store(sums, dq);
+    add_columns_by_columns<kType, kBlockM>(weights + kScores, queries, dk);
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) store_release(turn, before + 1);
+  }
+
+  template <bool kEdge>
+  __device__ __forceinline__ void step() {
+    copies_wait<0>();
+    __syncthreads();  // the tile is there, and everybody is done with the last one's
+    if constexpr (kStages == 2) {
+      if (tile > tiles.begin) copy_queries(tile - 1, kStage - stage);
+    }
+    make_scores<kEdge>();
+    __syncthreads();
+    add_gradients();
+    if constexpr (kStages == 2) {
+      stage = kStage - stage;
+    } else {
+      __syncthreads();
+      if (tile > tiles.begin) copy_queries(tile - 1, 0);
+    }
+    --tile;
+  }
+
+  // All queries of one head.
+  __device__ __forceinline__ void add_head() {
+    __syncthreads();  // head and tiles are there, and everybody is done with the last head's keys
+    if (tiles.begin == tiles.end) return;
+    if constexpr (!kPlain) real.find(call, head, n0);
+    first_slot = slot_of_tile(p, head, 0, kBlockM);
+    tile = tiles.end - 1;
+    stage = 0;
+    copy_keys();
+    copy_queries(tile, stage);
+    if constexpr (kPlain) {
+      // At most twice: before the full tiles and those, then after.
+      while (tile >= tiles.begin) {
+        const int stop = tile >= tiles.full_end ? tiles.full_end : tiles.begin;
+        if (tile >= tiles.full_end || tile < tiles.full_begin) {
+          while (tile >= stop) step<true>();
+        }
+        while (tile >= tiles.full_begin) step<false>();
+      }
+    } else {
+      while (tile >= tiles.begin) step<true>();
+    }
+  }
+
+  __device__ __forceinline__ void finish() {
+    const int row = warp % kKeyRows * 16 * kKeyRowTiles, column = warp / kKeyRows * 8 * kKeyTiles;
+    scale_all(dk, call.scale);
+    __syncthreads();
+    store_tile<kBlockN>(place_of_lane<kBlockN>(shared, row, column), dk, kType);
+    store_tile<kBlockN>(place_of_lane<kBlockN>(shared + kPlaceOfV, row, column), dv, kType);
+    __syncthreads();
+    const int left = head.N - n0;
+    write_rows<kD, kBlockN, kThreads>(shared, p.grad_key, head.b, head.h_kv, head.first_key + n0, left,
+                                      call.D, p.aligned);
+    write_rows<kD, kBlockN, kThreads>(shared + kPlaceOfV, p.grad_value, head.b, head.h_kv,
+                                      head.first_key + n0, left, call.D_v, p.aligned);
+  }
+};
+
+// Tickets are (tile of keys, key head, batch element), the tile fastest: blocks that run together share
+// queries. The query heads of a group add one after another.
+template <DType kType, int kD, bool kPlain>
+__global__ void __launch_bounds__(backward_tile(kD, kPlain).threads(), backward_tile(kD, kPlain).blocks)
+    attention_bwd_keys_kernel(const __grid_constant__ AttentionBwdParams p) {
+  using Pass = BackwardPass<kType, kD, kPlain>;
+  extern __shared__ __align__(128) uint8_t dynamic_shared[];
+  __shared__ Head head;
+  __shared__ QueryTiles tiles;
+  __shared__ int ticket;
+  if (threadIdx.x == 0) ticket = atomicAdd(p.ticket, 1);
+  __syncthreads();
+  const int n0 = ticket % p.key_tiles * Pass::kBlockN, heads = ticket / p.key_tiles;
+  const int key_heads = p.call.H / p.call.group;
+  const int b = heads / key_heads, first_head = heads % key_heads * p.call.group;
+  Pass work(p, head, tiles, n0, shared_address(dynamic_shared));
+  for (int member = 0; member < p.call.group; ++member) {
+    Head found = head_of(p.call, b, first_head + member, 0);
+    if (n0 >= found.N) return;
+    __syncthreads();
+    if constexpr (!kPlain) {
+      if (p.call.padding.data != nullptr || p.call.key_mask.data != nullptr) find_real_range(p.call, found);
+    }
+    if (threadIdx.x == 0) {
+      head = found;
+      tiles = query_tiles<Pass::kBlockM, Pass::kBlockN>(p.call, found, n0);
+    }
+    work.add_head();
+  }
+  work.finish();
+}
+
+}  // namespace fastformer::cuda
