@@ -162,3 +162,4 @@ def _is_fed_from_shared(device: torch.device) -> bool:
 norm_fwd = partial(raw_ops.norm_fwd, "cuda")
 norm_bwd = partial(raw_ops.norm_bwd, "cuda")
 attention_fwd = partial(raw_ops.attention_fwd, "cuda")
+attention_bwd = partial(raw_ops.attention_bwd, "cuda")

@@ -6,6 +6,7 @@ from tests.ptxvm import nvcc
 
 from .emulated import Emulator
 from .emulated_attention import AttentionEmulator
+from .emulated_attention_backward import AttentionBackwardEmulator
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,6 +32,18 @@ def attention_emulator(monkeypatch):
     running = AttentionEmulator()
     library = Library("fastformer", "IMPL")
     library.impl("attention_fwd_cuda", running.attention_fwd, "CPU")
+    monkeypatch.setattr(cuda, "why_not", lambda op, spec, tensors: None)
+    yield running
+    library._destroy()
+
+
+@pytest.fixture
+def gradient_emulator(monkeypatch):
+    """The same for both directions of attention."""
+    running = AttentionBackwardEmulator()
+    library = Library("fastformer", "IMPL")
+    library.impl("attention_fwd_cuda", running.attention_fwd, "CPU")
+    library.impl("attention_bwd_cuda", running.attention_bwd, "CPU")
     monkeypatch.setattr(cuda, "why_not", lambda op, spec, tensors: None)
     yield running
     library._destroy()

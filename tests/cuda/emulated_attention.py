@@ -96,29 +96,42 @@ class AttentionEmulator:
             p.sink_dtype = DTYPES[sink.dtype]
         self._set_pointer("sink", sink)
 
-    def attention_fwd(
+    def attention_fwd(self, query, key, value, *arguments):
+        """`arguments` as the schema has them."""
+        self.params = AttentionFwdParams()
+        packed = arguments[7] is not None
+        out = poisoned((*query.shape[:-1], value.shape[-1]), query.dtype)
+        rows = (query.shape[1], query.shape[0]) if packed else query.shape[:-1]
+        lse, row_max, row_sum = (poisoned(rows, torch.float32) for _ in range(3))
+        results = out, lse, row_max, row_sum
+        if lse.numel() == 0:
+            return results
+        self._set_call(query, key, value, *arguments)
+        self._set_results(packed, *results)
+        self._launch(query.dtype)
+        return results
+
+    def _set_results(self, packed, out, lse, row_max, row_sum):
+        self._set_rows("out", _contiguous_rows(out))
+        for name, tensor in {"lse": lse, "row_max": row_max, "row_sum": row_sum}.items():
+            self._set_pointer(name, tensor)
+        strides = (0, row_max.stride(0)) if packed else row_max.stride()[:2]
+        self.params.stats_stride_b, self.params.stats_stride_h = strides
+
+    def _set_call(
         self, query, key, value, mask, padding, lengths, bias, relative_bias, sink, seed, starts_q, starts_k,
         scale, left, right, lower_right, softcap, dropout_p, longest_q, longest_k,
     ):  # fmt: skip
-        p = self.params = AttentionFwdParams()
+        """What every kernel of a call is told, into `params` and `tensors`."""
+        p = self.params
         self.tensors = {}
         packed = starts_q is not None
         p.B = starts_q.shape[0] - 1 if packed else query.shape[0]
         p.M, p.N = (longest_q, longest_k) if packed else (query.shape[2], key.shape[2])
         p.H, p.D, p.D_v = query.shape[1], query.shape[-1], value.shape[-1]
         p.group = p.H // max(key.shape[1], 1)
-        out = poisoned((*query.shape[:-1], p.D_v), query.dtype)
-        rows = (query.shape[1], query.shape[0]) if packed else query.shape[:-1]
-        lse, row_max, row_sum = (poisoned(rows, torch.float32) for _ in range(3))
-        results = out, lse, row_max, row_sum
-        if lse.numel() == 0:
-            return results
-        given = {"query": query, "key": key, "value": value, "out": out}
-        for name, tensor in given.items():
+        for name, tensor in {"query": query, "key": key, "value": value}.items():
             self._set_rows(name, _contiguous_rows(tensor))
-        for name, tensor in {"lse": lse, "row_max": row_max, "row_sum": row_sum}.items():
-            self._set_pointer(name, tensor)
-        p.stats_stride_b, p.stats_stride_h = (0, lse.stride(0)) if packed else lse.stride()[:2]
         self._set_masks(mask, padding, lengths, bias)
         self._set_vectors(relative_bias, sink)
         if packed:
@@ -133,8 +146,6 @@ class AttentionEmulator:
         if p.threshold > 0:
             p.dropout_scale = 65536 / (65536 - p.threshold) if p.threshold < 65536 else 0.0
             self._set_pointer("seed", seed)
-        self._launch(query.dtype)
-        return results
 
     def _launch(self, dtype):
         plan = AttentionPlan()

@@ -1,5 +1,6 @@
 // The plans of csrc/cuda for ctypes: the tests take every choice of kernel and grid from where the launchers
 // take it.
+#include "cuda/attention_bwd_plan.h"
 #include "cuda/attention_plan.h"
 #include "cuda/norm_plan.h"
 
@@ -9,10 +10,15 @@ extern "C" {
 int64_t size_of_NormFwdParams() { return sizeof(NormFwdParams); }
 int64_t size_of_NormBwdParams() { return sizeof(NormBwdParams); }
 int64_t size_of_AttentionFwdParams() { return sizeof(AttentionFwdParams); }
+int64_t size_of_AttentionBwdParams() { return sizeof(AttentionBwdParams); }
 const char* kernel_name(int32_t kernel) { return name_of(static_cast<NormKernel>(kernel)); }
 void plan_fwd(NormFwdParams* p, NormPlan* plan) { *plan = plan_norm_fwd(*p); }
 void plan_bwd(NormBwdParams* p, int32_t multiprocessors, bool need_parameters, NormBwdPlan* plan) {
   *plan = plan_norm_bwd(*p, multiprocessors, need_parameters);
 }
 void plan_attention(AttentionFwdParams* p, AttentionPlan* plan) { *plan = plan_attention_fwd(*p); }
+void plan_attention_backward(AttentionBwdParams* p, int64_t total_queries, int64_t most_shared,
+                             AttentionBwdPlan* plan) {
+  *plan = plan_attention_bwd(*p, total_queries, most_shared);
+}
 }

@@ -85,7 +85,7 @@ def plans():
             fresh.replace(library)
     loaded = ctypes.CDLL(str(library))
     loaded.kernel_name.restype = ctypes.c_char_p
-    for name in ("NormFwdParams", "NormBwdParams", "AttentionFwdParams"):
+    for name in ("NormFwdParams", "NormBwdParams", "AttentionFwdParams", "AttentionBwdParams"):
         if name in _structures:
             assert ctypes.sizeof(_structures[name]) == getattr(loaded, f"size_of_{name}")()
     return loaded
