@@ -42,10 +42,39 @@ __device__ __forceinline__ QueryTiles query_tiles(const AttentionFwdParams& p, c
   return tiles;
 }
 
-// How many blocks of keys come before the block of n0 among those that tile m0 sees.
+// The first block of keys that the queries from m0 on see.
 template <int kBlockN>
-__device__ __forceinline__ int turn_of(const AttentionFwdParams& p, const Head& head, int m0, int n0) {
-  return n0 / kBlockN - max(head.key_begin, m0 + head.offset - p.left) / kBlockN;
+__device__ __forceinline__ int first_key_tile(const AttentionFwdParams& p, const Head& head, int m0) {
+  return max(head.key_begin, m0 + head.offset - p.left) / kBlockN;
+}
+
+// The keys that a block takes.
+struct KeyTile {
+  int n0;
+  int number;            // n0 / kBlockN
+  int b, first_head;     // the first query head that reads them
+};
+
+// What belongs to one head's queries, from its first row on.
+struct HeadQueries {
+  const uint16_t* query;
+  const uint16_t* grad_out;
+  const RowPivot* pivots;
+  const float* factors;
+  float* sums;
+  int32_t* turns;
+};
+
+template <int kBlockM, int kD>
+__device__ __forceinline__ HeadQueries head_queries(const AttentionBwdParams& p, const Head& head) {
+  const auto first_row = [&](const HeadRows& rows) {
+    return static_cast<const uint16_t*>(rows.data) + head.b * rows.stride_b + head.h * rows.stride_h +
+           head.first_query * rows.stride_row;
+  };
+  const int64_t slot = slot_of_tile(p, head, 0, kBlockM);
+  return {first_row(p.call.query),       first_row(p.grad_out),
+          p.pivots + slot * kBlockM, p.factors + slot * kBlockM,
+          p.sums + slot * kBlockM * kD,  p.turns + slot * BackwardTile::kWarps};
 }
 
 template <DType kType, int kD, bool kPlain>
@@ -60,23 +89,24 @@ struct BackwardPass {
   static constexpr int kKeyRows = kTile.key_rows, kKeyRowTiles = kBlockN / 16 / kKeyRows;
   static constexpr int kKeyTiles = kD / 8 / (kWarps / kKeyRows);
   using Sums = QuerySums<kD, kPlain>;
-  // Bytes from K's place in shared memory. A stage is Q, dO and the rows' pivots.
+  // Bytes from K's place in shared memory. A stage is Q and dO.
   static constexpr int kPlaceOfV = 2 * kBlockN * kD, kPlaceOfQ = 2 * kPlaceOfV;
-  static constexpr int kGradOut = 2 * kBlockM * kD, kPivots = 2 * kGradOut, kStage = kPivots + 8 * kBlockM;
+  static constexpr int kGradOut = 2 * kBlockM * kD, kStage = 2 * kGradOut;
   static constexpr int kPlaceOfP = kPlaceOfQ + kStages * kStage, kScores = 2 * kBlockM * kBlockN;
   using Copier = RowCopier<kD, kThreads, false>;
+  static constexpr int kStep = Copier::kStep;
   using Scores = float[kRowTiles][kTiles][4];
 
   const AttentionBwdParams& p;
   const AttentionFwdParams& call;
   // In shared memory: what full blocks do not need takes no registers there.
+  const KeyTile& keys;
   const Head& head;
+  const HeadQueries& queries;
   const QueryTiles& tiles;
-  const int n0;
   int tile;   // of queries
   int stage;  // its place's offset
-  int64_t first_slot;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int warp = static_cast<int>(threadIdx.x / kWarp);
   const int warp_row = warp % kScoreRows * 16 * kRowTiles;
   const int warp_key = warp / kScoreRows * 8 * kTiles;
   const uint32_t shared;
@@ -85,9 +115,10 @@ struct BackwardPass {
   float dk[kKeyRowTiles][kKeyTiles][4] = {};
   float dv[kKeyRowTiles][kKeyTiles][4] = {};
 
-  __device__ __forceinline__ BackwardPass(const AttentionBwdParams& p, const Head& head,
-                                          const QueryTiles& tiles, int n0, uint32_t shared)
-      : p(p), call(p.call), head(head), tiles(tiles), n0(n0), shared(shared) {
+  __device__ __forceinline__ BackwardPass(const AttentionBwdParams& p, const KeyTile& keys, const Head& head,
+                                          const HeadQueries& queries, const QueryTiles& tiles,
+                                          uint32_t shared)
+      : p(p), call(p.call), keys(keys), head(head), queries(queries), tiles(tiles), shared(shared) {
     if (!kPlain && call.threshold > 0) seed = *call.seed;
   }
 
@@ -101,46 +132,75 @@ struct BackwardPass {
   }
 
   __device__ __forceinline__ void copy_keys() {
-    const Copier keys(call.key, head.b, head.h_kv, head.first_key + n0, call.D);
-    const Copier values(call.value, head.b, head.h_kv, head.first_key + n0, call.D_v);
+    const Copier rows(call.key, head.b, head.h_kv, head.first_key + keys.n0, call.D);
+    const Copier values(call.value, head.b, head.h_kv, head.first_key + keys.n0, call.D_v);
     const auto is_real = [&](int i) {
       const int row = i * Copier::kStep + Copier::first_row();
       if constexpr (kPlain) {
-        return n0 + row < head.key_end;
+        return keys.n0 + row < head.key_end;
       } else {
         return real.has(row);
       }
     };
-    copy<kBlockN>(keys, 0, is_real);
+    copy<kBlockN>(rows, 0, is_real);
     copy<kBlockN>(values, kPlaceOfV, is_real);
   }
 
-  // Starts copies of a tile's Q, dO and pivots.
+  // Of a tile that is aligned, and full unless it is the last. Strides are 32-bit here.
+  template <bool kLast>
+  __device__ __forceinline__ void copy_aligned(const uint16_t* rows, int64_t stride, int width, int tile,
+                                               uint32_t place) const {
+    const uint32_t thread = forgotten(threadIdx.x);  // no register for what this gives
+    const int unit = static_cast<int>(thread % 8), first_row = static_cast<int>(thread / 8);
+    const int row = tile * kBlockM + first_row;
+    const uint32_t pitch = 2 * static_cast<uint32_t>(stride);
+    const char* from = reinterpret_cast<const char*>(rows) + uint64_t{static_cast<uint32_t>(row)} * pitch;
+    place += place_in_panel<kD>(first_row, unit);
+#pragma unroll
+    for (int i = 0; i < kBlockM / kStep; ++i, from += kStep * pitch) {
+#pragma unroll
+      for (int panel = 0; panel < kD / kPanelWidth; ++panel) {
+        copy_async(place + (panel * kBlockM + i * kStep) * kPanelPitch, from + panel * kPanelPitch + 16 * unit,
+                   (!kLast || row + i * kStep < head.M) && panel * kPanelWidth < width - 8 * unit);
+      }
+    }
+  }
+
+  // Starts copies of a tile's Q and dO.
+  template <bool kLast>
   __device__ __forceinline__ void copy_queries(int tile, int stage) const {
-    const int m0 = tile * kBlockM, left = head.M - m0 - Copier::first_row();
-    const auto is_real = [&](int i) { return i * Copier::kStep < left; };
-    const Copier queries(call.query, head.b, head.h, head.first_query + m0, call.D);
-    copy<kBlockM>(queries, kPlaceOfQ + stage, is_real);
-    const Copier grads(p.grad_out, head.b, head.h, head.first_query + m0, call.D_v);
-    copy<kBlockM>(grads, kPlaceOfQ + kGradOut + stage, is_real);
-    const int unit = static_cast<int>(threadIdx.x);
-    if (unit < kBlockM / 2) {
-      const float* const pivots = p.pivots + (first_slot + tile) * (2 * kBlockM);
-      copy_async(shared + kPlaceOfQ + kPivots + stage + 16 * unit, pivots + 4 * unit, true);
+    const uint32_t place = kPlaceOfQ + stage;
+    if constexpr (kPlain) {
+      copy_aligned<kLast>(queries.query, call.query.stride_row, call.D, tile, shared + place);
+      copy_aligned<kLast>(queries.grad_out, p.grad_out.stride_row, call.D_v, tile, shared + place + kGradOut);
+    } else {
+      const int m0 = tile * kBlockM, left = head.M - m0 - Copier::first_row();
+      const auto is_real = [&](int i) { return i * kStep < left; };
+      const Copier rows(call.query, head.b, head.h, head.first_query + m0, call.D);
+      copy<kBlockM>(rows, place, is_real);
+      const Copier grads(p.grad_out, head.b, head.h, head.first_query + m0, call.D_v);
+      copy<kBlockM>(grads, place + kGradOut, is_real);
     }
     copies_commit();
   }
 
-  __device__ __forceinline__ RowPivot pivot(int m, int r) const {
-    const uint32_t row = warp_row + 16 * m + 8 * r + lane_row();
-    const float2 pair = load_shared_pair(shared + kPlaceOfQ + kPivots + stage + 8 * row);
-    return {pair.x, pair.y};
+  // Those of this lane's rows; far from where they are needed, since they come from L2.
+  __device__ __forceinline__ void load_pivots(RowPivot (&pivots)[kRowTiles][2]) const {
+    const uint32_t thread = forgotten(threadIdx.x);
+    const uint32_t row = thread / kWarp % kScoreRows * 16 * kRowTiles + thread % kWarp / 4;
+    const RowPivot* const from = queries.pivots + (tile * kBlockM + static_cast<int>(row));
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) pivots[m][r] = from[16 * m + 8 * r];
+    }
   }
 
   // Weights before dropout, from products; softcap's slopes where there is one.
   template <bool kEdge>
-  __device__ __forceinline__ void make_weights(Scores& scores, Scores& slopes) const {
-    const int i0 = tile * kBlockM + warp_row, j0 = n0 + warp_key;
+  __device__ __forceinline__ void make_weights(const RowPivot (&pivots)[kRowTiles][2], Scores& scores,
+                                               Scores& slopes) const {
+    const int i0 = tile * kBlockM + warp_row, j0 = keys.n0 + warp_key;
     if constexpr (!kPlain) {
       if (call.softcap != 0.0f) find_slopes(scores, slopes);
       if (call.logits) make_logits(call, head, i0, j0, scores);
@@ -154,10 +214,10 @@ struct BackwardPass {
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float shift = pivot(m, r).shift;
+        const float shift = pivots[m][r].shift;
         float factor = 1.0f;
         if constexpr (!kPlain) {
-          if (call.logits) factor = p.factors[(first_slot + tile) * kBlockM + i0 % kBlockM + 16 * m + 8 * r + lane_row()];
+          if (call.logits) factor = queries.factors[i0 + 16 * m + 8 * r + lane_row()];
         }
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
@@ -193,22 +253,23 @@ struct BackwardPass {
 
   // dropout(weights) and dropout(their gradients), by the map that `drop` tells.
   __device__ __forceinline__ void drop_both(Scores& weights, Scores& grads) const {
-    drop(call, head, seed, tile * kBlockM + warp_row, n0 + warp_key, weights);
-    drop(call, head, seed, tile * kBlockM + warp_row, n0 + warp_key, grads);
+    drop(call, head, seed, tile * kBlockM + warp_row, keys.n0 + warp_key, weights);
+    drop(call, head, seed, tile * kBlockM + warp_row, keys.n0 + warp_key, grads);
     scale_all(weights, call.dropout_scale);
     scale_all(grads, call.dropout_scale);
   }
 
   // grads: of weights, offset included, to scores.
   template <bool kEdge>
-  __device__ __forceinline__ void make_gradients(const Scores& weights, Scores& grads) const {
+  __device__ __forceinline__ void make_gradients(const RowPivot (&pivots)[kRowTiles][2],
+                                                 const Scores& weights, Scores& grads) const {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int i = tile * kBlockM + warp_row + 16 * m + 8 * r + lane_row();
         const bool constant = kEdge && sees_one_key(call, head, i);
-        const float offset = kPlain && !kEdge ? 0.0f : pivot(m, r).offset;
+        const float offset = pivots[m][r].offset;
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -228,7 +289,8 @@ struct BackwardPass {
   }
 
   // The offset comes with the product, unless dropout is to come between.
-  __device__ __forceinline__ void start_gradients(Scores& grads) const {
+  __device__ __forceinline__ void start_gradients(const RowPivot (&pivots)[kRowTiles][2],
+                                                  Scores& grads) const {
     if constexpr (!kPlain) {
       set_zero(grads);
       return;
@@ -237,7 +299,7 @@ struct BackwardPass {
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float offset = pivot(m, r).offset;
+        const float offset = pivots[m][r].offset;
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) grads[m][n][2 * r] = grads[m][n][2 * r + 1] = offset;
       }
@@ -254,7 +316,7 @@ struct BackwardPass {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int i = tile * kBlockM + warp_row + 16 * m + e / 2 * 8 + lane_row();
-          const int j = n0 + warp_key + 8 * n + lane_column() + e % 2;
+          const int j = keys.n0 + warp_key + 8 * n + lane_column() + e % 2;
           if (i >= head.M || j >= head.N) continue;
           store_element(base, p.grad_bias.dtype, i * p.grad_bias.stride_m + j * p.grad_bias.stride_n,
                         grads[m][n][e]);
@@ -266,16 +328,19 @@ struct BackwardPass {
   // P and dS of the tile at hand, into shared memory.
   template <bool kEdge>
   __device__ __forceinline__ void make_scores() {
-    const uint32_t queries = units_then_rows<kD>(shared + kPlaceOfQ) + warp_row * kPanelPitch + stage;
-    const uint32_t keys = rows_then_units<kD>(shared) + warp_key * kPanelPitch;
+    const uint32_t rows = units_then_rows<kD>(shared) + warp_row * kPanelPitch + stage;
+    const uint32_t columns = rows_then_units<kD>(shared) + warp_key * kPanelPitch;
     const uint32_t place = place_of_lane<kBlockM>(shared + kPlaceOfP, warp_row, warp_key);
+    RowPivot pivots[kRowTiles][2];
     Scores weights, grads, slopes;
+    load_pivots(pivots);
     set_zero(weights);
-    add_rows_by_rows<kType, kD, kBlockM, kBlockN>(queries, keys, weights);
-    make_weights<kEdge>(weights, slopes);
+    add_rows_by_rows<kType, kD, kBlockM, kBlockN>(rows, kPlaceOfQ, columns, 0, weights);
+    make_weights<kEdge>(pivots, weights, slopes);
     if constexpr (kPlain) store_tile<kBlockM>(place, weights, kType);
-    start_gradients(grads);
-    add_rows_by_rows<kType, kD, kBlockM, kBlockN>(queries + kGradOut, keys + kPlaceOfV, grads);
+    start_gradients(pivots, grads);
+    add_rows_by_rows<kType, kD, kBlockM, kBlockN>(rows, kPlaceOfQ + kGradOut, columns,
+                                                  kPlaceOfV, grads);
     if constexpr (!kPlain) {
       if (call.threshold > 0) {
         Scores kept;
@@ -293,7 +358,7 @@ struct BackwardPass {
         store_tile<kBlockM>(place, weights, kType);
       }
     }
-    make_gradients<kEdge>(weights, grads);
+    make_gradients<kEdge>(pivots, weights, grads);
     if constexpr (!kPlain) {
       if (p.grad_bias.data != nullptr) write_bias_gradient(grads);
       if (call.softcap != 0.0f) {
@@ -314,28 +379,21 @@ struct BackwardPass {
   __device__ __forceinline__ void add_gradients() {
     const int warp_of_keys = warp % kKeyRows * 16 * kKeyRowTiles;
     const int first_column = warp / kKeyRows * 8 * kKeyTiles;
-    const uint32_t weights = at_column<kBlockM>(rows_then_units<kD>(shared + kPlaceOfP), warp_of_keys);
-    const uint32_t queries =
-        at_column<kBlockM>(units_then_rows<kD>(shared + kPlaceOfQ), first_column) + stage;
+    const uint32_t weights = at_column<kBlockM>(rows_then_units<kD>(shared), warp_of_keys);
+    const uint32_t rows = at_column<kBlockM>(units_then_rows<kD>(shared), first_column) + stage;
 
-    const int64_t slot = first_slot + tile;
-    int32_t* const turn = p.turns + slot * kWarps + warp;
-    float* const sums = p.sums + Sums::place(slot, warp);
-    const int before = turn_of<kBlockN>(call, head, tile * kBlockM, n0);
+    int32_t* const turn = queries.turns + tile * kWarps + warp;
+    float* const sums = queries.sums + int64_t{kBlockM * kD} * tile + Sums::place(0, warp);
+    const int before = keys.number - first_key_tile<kBlockN>(call, head, tile * kBlockM);
     float dq[Sums::kRowTiles][Sums::kTiles][4];
-    if (before > 0) {
-      while (load_acquire(turn) != before) continue;
-      Sums::load(sums, dq);
-    } else {
-      set_zero(dq);
-    }
-    add_columns_by_columns<kType, kBlockM>(weights, queries + kGradOut, dv);
-    const uint32_t grads = units_then_rows<kD>(shared + kPlaceOfP + kScores) +
-                           Sums::first_row(warp) * kPanelPitch;
-    const uint32_t keys = at_column<kBlockN>(units_then_rows<kD>(shared), Sums::first_column(warp));
-    add_rows_by_columns<kType, kBlockN, kBlockM>(grads, keys, dq);
+    while (load_acquire(turn) < before) continue;
+    Sums::load(before > 0 ? sums : p.zeros + Sums::place(0, 0), dq);
+    add_columns_by_columns<kType, kBlockM>(weights, kPlaceOfP, rows, kPlaceOfQ + kGradOut, dv);
+    const uint32_t grads = units_then_rows<kD>(shared) + Sums::first_row(warp) * kPanelPitch;
+    const uint32_t columns = at_column<kBlockN>(units_then_rows<kD>(shared), Sums::first_column(warp));
+    add_rows_by_columns<kType, kBlockN, kBlockM>(grads, kPlaceOfP + kScores, columns, dq);
     Sums::store(sums, dq);
-    add_columns_by_columns<kType, kBlockM>(weights + kScores, queries, dk);
+    add_columns_by_columns<kType, kBlockM>(weights, kPlaceOfP + kScores, rows, kPlaceOfQ, dk);
     __syncwarp();
     if (threadIdx.x % kWarp == 0) store_release(turn, before + 1);
   }
@@ -345,7 +403,7 @@ struct BackwardPass {
     copies_wait<0>();
     __syncthreads();  // the tile is there, and everybody is done with the last one's
     if constexpr (kStages == 2) {
-      if (tile > tiles.begin) copy_queries(tile - 1, kStage - stage);
+      if (tile > tiles.begin) copy_queries<false>(tile - 1, kStage - stage);
     }
     make_scores<kEdge>();
     __syncthreads();
@@ -354,7 +412,7 @@ struct BackwardPass {
       stage = kStage - stage;
     } else {
       __syncthreads();
-      if (tile > tiles.begin) copy_queries(tile - 1, 0);
+      if (tile > tiles.begin) copy_queries<false>(tile - 1, 0);
     }
     --tile;
   }
@@ -363,12 +421,11 @@ struct BackwardPass {
   __device__ __forceinline__ void add_head() {
     __syncthreads();  // head and tiles are there, and everybody is done with the last head's keys
     if (tiles.begin == tiles.end) return;
-    if constexpr (!kPlain) real.find(call, head, n0);
-    first_slot = slot_of_tile(p, head, 0, kBlockM);
+    if constexpr (!kPlain) real.find(call, head, keys.n0);
     tile = tiles.end - 1;
     stage = 0;
     copy_keys();
-    copy_queries(tile, stage);
+    copy_queries<true>(tile, stage);
     if constexpr (kPlain) {
       // At most twice: before the full tiles and those, then after.
       while (tile >= tiles.begin) {
@@ -384,17 +441,18 @@ struct BackwardPass {
   }
 
   __device__ __forceinline__ void finish() {
+    const int thread = static_cast<int>(forgotten(threadIdx.x)), warp = thread / kWarp;
     const int row = warp % kKeyRows * 16 * kKeyRowTiles, column = warp / kKeyRows * 8 * kKeyTiles;
     scale_all(dk, call.scale);
     __syncthreads();
-    store_tile<kBlockN>(place_of_lane<kBlockN>(shared, row, column), dk, kType);
-    store_tile<kBlockN>(place_of_lane<kBlockN>(shared + kPlaceOfV, row, column), dv, kType);
+    store_tile<kBlockN>(place_of_lane<kBlockN>(shared, row, column, thread), dk, kType);
+    store_tile<kBlockN>(place_of_lane<kBlockN>(shared + kPlaceOfV, row, column, thread), dv, kType);
     __syncthreads();
-    const int left = head.N - n0;
-    write_rows<kD, kBlockN, kThreads>(shared, p.grad_key, head.b, head.h_kv, head.first_key + n0, left,
+    const int left = head.N - keys.n0;
+    write_rows<kD, kBlockN, kThreads>(shared, p.grad_key, head.b, head.h_kv, head.first_key + keys.n0, left,
                                       call.D, p.aligned);
     write_rows<kD, kBlockN, kThreads>(shared + kPlaceOfV, p.grad_value, head.b, head.h_kv,
-                                      head.first_key + n0, left, call.D_v, p.aligned);
+                                      head.first_key + keys.n0, left, call.D_v, p.aligned);
   }
 };
 
@@ -405,28 +463,35 @@ __global__ void __launch_bounds__(backward_tile(kD, kPlain).threads(), backward_
     attention_bwd_keys_kernel(const __grid_constant__ AttentionBwdParams p) {
   using Pass = BackwardPass<kType, kD, kPlain>;
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
+  __shared__ KeyTile keys;
   __shared__ Head head;
+  __shared__ HeadQueries queries;
   __shared__ QueryTiles tiles;
-  __shared__ int ticket;
-  if (threadIdx.x == 0) ticket = atomicAdd(p.ticket, 1);
+  if (threadIdx.x == 0) {
+    const int ticket = atomicAdd(p.ticket, 1), heads = ticket / p.key_tiles;
+    const int key_heads = p.call.H / p.call.group;
+    keys.number = ticket % p.key_tiles;
+    keys.n0 = keys.number * Pass::kBlockN;
+    keys.b = heads / key_heads;
+    keys.first_head = heads % key_heads * p.call.group;
+    head.h = keys.first_head - 1;
+  }
   __syncthreads();
-  const int n0 = ticket % p.key_tiles * Pass::kBlockN, heads = ticket / p.key_tiles;
-  const int key_heads = p.call.H / p.call.group;
-  const int b = heads / key_heads, first_head = heads % key_heads * p.call.group;
-  Pass work(p, head, tiles, n0, shared_address(dynamic_shared));
-  for (int member = 0; member < p.call.group; ++member) {
-    Head found = head_of(p.call, b, first_head + member, 0);
-    if (n0 >= found.N) return;
+  Pass work(p, keys, head, queries, tiles, shared_address(dynamic_shared));
+  do {
+    Head found = head_of(p.call, keys.b, head.h + 1, 0);
+    if (keys.n0 >= found.N) return;
     __syncthreads();
     if constexpr (!kPlain) {
       if (p.call.padding.data != nullptr || p.call.key_mask.data != nullptr) find_real_range(p.call, found);
     }
     if (threadIdx.x == 0) {
       head = found;
-      tiles = query_tiles<Pass::kBlockM, Pass::kBlockN>(p.call, found, n0);
+      queries = head_queries<Pass::kBlockM, kD>(p, found);
+      tiles = query_tiles<Pass::kBlockM, Pass::kBlockN>(p.call, found, keys.n0);
     }
     work.add_head();
-  }
+  } while (head.h + 1 < keys.first_head + p.call.group);
   work.finish();
 }
 

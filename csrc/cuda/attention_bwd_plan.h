@@ -6,6 +6,11 @@
 
 namespace fastformer::cuda {
 
+// Of a row: what is taken off the exponent of its weights, and what is added to the gradient of its weights.
+struct alignas(8) RowPivot {
+  float shift, offset;
+};
+
 // A query tile of one head has a slot in the workspace: slot_of_tile of attention_bwd_tiles.cuh says which.
 struct AttentionBwdParams {
   AttentionFwdParams call;  // out, row_max and row_sum as forward left them; lse is not read
@@ -17,9 +22,10 @@ struct AttentionBwdParams {
   ScoreMatrix grad_bias;    // of a bias that is broadcast over nothing, zeroed before; data null: not wanted
   float* grad_sink;         // [H], or null
   // Workspace, uninitialised:
-  float* pivots;      // [H, slots, block_m, 2]: see RowPivot
+  RowPivot* pivots;   // [H, slots, block_m]
   float* factors;     // [H, slots, block_m]: 1 / row_sum; read where scores are logits
   float* sums;        // [H, slots, block_m, block_d]: dQ, each lane's sums of a step side by side
+  float* zeros;       // [block_m, block_d] / 8: what the first adds to
   int32_t* turns;     // [H, slots, warps]: how many blocks of keys have added to their share of sums
   int32_t* ticket;    // [1]: how many programs over keys have begun
   float* sink_shares;  // [H, B, tiles], or null
@@ -42,9 +48,9 @@ struct BackwardTile {
 
   static constexpr int kWarps = 8;
   constexpr int threads() const { return 32 * kWarps; }
-  // K and V; Q, dO and the pivots of each stage; P and dS.
+  // K and V; Q and dO of each stage; P and dS.
   constexpr int shared_bytes(int block_d) const {
-    return 4 * block_d * block_n + stages * (4 * block_d + 8) * block_m + 4 * block_m * block_n;
+    return 4 * block_d * block_n + stages * 4 * block_d * block_m + 4 * block_m * block_n;
   }
 };
 
@@ -87,7 +93,9 @@ inline AttentionBwdPlan plan_attention_bwd(AttentionBwdParams& p, int64_t total_
     plan.block_d = block_d;
     if (width <= block_d) break;
   }
-  plan.plain = p.aligned && !call.logits && !masked && call.threshold == 0;
+  constexpr int64_t kMostStride = int64_t{1} << 30;  // bytes of a stride, and of a step of them, fit 32 bits
+  const bool near = call.query.stride_row < kMostStride / 32 && p.grad_out.stride_row < kMostStride / 32;
+  plan.plain = p.aligned && near && !call.logits && !masked && call.threshold == 0;
   if (plan.plain && backward_tile(plan.block_d, true).shared_bytes(plan.block_d) > most_shared) {
     plan.plain = false;
   }

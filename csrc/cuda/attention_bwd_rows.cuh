@@ -9,11 +9,6 @@
 
 namespace fastformer::cuda {
 
-// Of a row: what is taken off the exponent of its weights, and what is added to the gradient of its weights.
-struct RowPivot {
-  float shift, offset;
-};
-
 // Where a tile of queries lies in the workspace, in tiles. Packed sequences begin tiles of their own: floor(x +
 // y) + 1 >= floor(x) + ceil(y), so that no two share one.
 __device__ __forceinline__ int64_t slot_of_tile(const AttentionBwdParams& p, const Head& head, int tile,
@@ -47,8 +42,8 @@ __device__ __forceinline__ float block_sum(float value) {
   return sum;
 }
 
-// Eight lanes of a row's delta.
-__device__ __forceinline__ float delta_of_row(const AttentionBwdParams& p, const Head& head, int i) {
+// A lane's share of a row's delta, of eight.
+__device__ __forceinline__ float share_of_delta(const AttentionBwdParams& p, const Head& head, int i) {
   const auto row_of = [&](const HeadRows& rows) {
     return row_at(static_cast<const void*>(rows.data), p.call.dtype,
                   head.b * rows.stride_b + head.h * rows.stride_h + (head.first_query + i) * rows.stride_row);
@@ -63,7 +58,7 @@ __device__ __forceinline__ float delta_of_row(const AttentionBwdParams& p, const
 #pragma unroll
     for (int e = 0; e < 8; ++e) delta = fmaf(o[e], g[e], delta);
   }
-  return warp_sum(delta, 8);
+  return delta;
 }
 
 // Row i's entries of the workspace; returns the sink's share.
@@ -76,19 +71,22 @@ __device__ __forceinline__ float write_row(const AttentionBwdParams& p, const He
   const float grad_lse = p.grad_lse == nullptr || nothing ? 0.0f : p.grad_lse[at];
   const float shift = p.call.logits ? row_max : fmaf(row_max, kLog2E, log2f(row_sum));
   const float offset = grad_lse - (sees_one_key(p.call, head, i) ? 0.0f : delta);
-  reinterpret_cast<float2*>(p.pivots)[entry] = {nothing ? -kMinusInfinity : shift, offset};
+  p.pivots[entry] = {nothing ? -kMinusInfinity : shift, offset};
   p.factors[entry] = nothing ? 0.0f : 1.0f / row_sum;
   if (p.call.sink == nullptr || nothing) return 0.0f;
   const float sink = load_element(p.call.sink, p.call.sink_dtype, head.h);
   return exp2_approximate((sink - row_max) * kLog2E) / row_sum * (grad_lse - delta);
 }
 
-// A tile of queries a block: pivots and factors of its rows, and turns set to 0.
+// A tile of queries a block: pivots and factors of its rows, turns set to 0, and `zeros` zeros.
 static __global__ void __launch_bounds__(BackwardTile::kWarps* kWarp)
-    attention_bwd_rows_kernel(const __grid_constant__ AttentionBwdParams p, int block_m) {
+    attention_bwd_rows_kernel(const __grid_constant__ AttentionBwdParams p, int block_m, int zeros) {
   Head head = head_of_block(p.call, block_m);
   const int tile = head.m0 / block_m;
-  if (blockIdx.x == 0 && threadIdx.x == 0) *p.ticket = 0;
+  if (blockIdx.x == 0) {
+    if (threadIdx.x == 0) *p.ticket = 0;
+    for (int i = static_cast<int>(threadIdx.x); i < zeros; i += static_cast<int>(blockDim.x)) p.zeros[i] = 0;
+  }
   float share = 0.0f;
   if (head.m0 < head.M) {
     if (p.call.padding.data != nullptr || p.call.key_mask.data != nullptr) find_real_range(p.call, head);
@@ -97,12 +95,11 @@ static __global__ void __launch_bounds__(BackwardTile::kWarps* kWarp)
     for (int row = static_cast<int>(threadIdx.x) / 8; row < block_m; row += BackwardTile::kWarps * 4) {
       const int i = head.m0 + row;
       const int64_t entry = slot * block_m + row;
-      const float delta = i < head.M ? delta_of_row(p, head, i) : 0.0f;
-      if (threadIdx.x % 8 != 0) continue;
-      if (i < head.M) {
+      const float delta = warp_sum(i < head.M ? share_of_delta(p, head, i) : 0.0f, 8);
+      if (threadIdx.x % 8 == 0 && i < head.M) {
         share += write_row(p, head, i, delta, entry);
-      } else {
-        reinterpret_cast<float2*>(p.pivots)[entry] = {-kMinusInfinity, 0.0f};
+      } else if (threadIdx.x % 8 == 0) {
+        p.pivots[entry] = {-kMinusInfinity, 0.0f};
         p.factors[entry] = 0.0f;
       }
     }
@@ -128,10 +125,11 @@ template <int kD, int kRows, int kThreads>
 __device__ __forceinline__ void write_rows(uint32_t shared, const HeadRows& rows, int64_t b, int64_t h,
                                            int64_t first, int left, int width, bool aligned) {
   using P = Panel<kD>;
-  const int unit = static_cast<int>(threadIdx.x) % P::kUnits;
+  const uint32_t thread = forgotten(threadIdx.x);  // no register for what this gives around the main loop
+  const int unit = static_cast<int>(thread % P::kUnits);
   uint16_t* const to = static_cast<uint16_t*>(rows.data) + b * rows.stride_b + h * rows.stride_h;
 #pragma unroll 1
-  for (int row = static_cast<int>(threadIdx.x) / P::kUnits; row < min(kRows, left);
+  for (int row = static_cast<int>(thread / P::kUnits); row < min(kRows, left);
        row += kThreads / P::kUnits) {
 #pragma unroll
     for (int panel = 0; panel < P::kCount; ++panel) {

@@ -19,8 +19,9 @@ __device__ __forceinline__ uint32_t at_column(uint32_t address, int column) {
 // Where this lane keeps the first two elements of a warp's accumulators in a tile of kRows rows, where those
 // begin at `row` and `column`. The next 8 columns lie at ^ 16, and so on.
 template <int kRows>
-__device__ __forceinline__ uint32_t place_of_lane(uint32_t tile, int row, int column) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+__device__ __forceinline__ uint32_t place_of_lane(uint32_t tile, int row, int column,
+                                                  int thread = static_cast<int>(threadIdx.x)) {
+  const int lane = thread % kWarp;
   return at_column<kRows>(tile + row * kPanelPitch + place_in_panel<kPanelWidth>(lane / 4, 0), column) +
          lane % 4 * 4;
 }
@@ -77,29 +78,35 @@ __device__ __forceinline__ void add_products(float (&sum)[kRowTiles][kTiles][4],
   }
 }
 
+// In the forms below an operand lies at a lane's address, as units_then_rows or rows_then_units give it, plus an
+// offset: a constant, so that tiles of one shape share the registers of the steps' addresses.
+
 // sum += a b^T: a [.., kD] of kRowsA rows and b [.., kD] of kRowsB rows, both read along their rows.
 template <DType kType, int kD, int kRowsA, int kRowsB, int kRowTiles, int kTiles>
-__device__ __forceinline__ void add_rows_by_rows(uint32_t a_address, uint32_t b_address,
-                                                 float (&sum)[kRowTiles][kTiles][4]) {
+__device__ __forceinline__ void add_rows_by_rows(uint32_t a_address, int a_offset, uint32_t b_address,
+                                                 int b_offset, float (&sum)[kRowTiles][kTiles][4]) {
   add_products<kType, kD / 16>(
       sum,
       [&](int s, int m, uint32_t(&words)[4]) {
-        load_matrices(at_step(a_address, s % 4) + (s / 4 * kRowsA + 16 * m) * kPanelPitch, words);
+        load_matrices(at_step(a_address, s % 4) + (a_offset + (s / 4 * kRowsA + 16 * m) * kPanelPitch),
+                      words);
       },
       [&](int s, int pair, uint32_t(&words)[4]) {
-        load_matrices(at_step(b_address, s % 4) + (s / 4 * kRowsB + 16 * pair) * kPanelPitch, words);
+        load_matrices(at_step(b_address, s % 4) + (b_offset + (s / 4 * kRowsB + 16 * pair) * kPanelPitch),
+                      words);
       });
 }
 
 // sum += a b: a [.., kInner] of kRowsA rows, b [kInner, ..] read down its columns, at most 64 of a panel.
 template <DType kType, int kInner, int kRowsA, int kRowTiles, int kTiles>
-__device__ __forceinline__ void add_rows_by_columns(uint32_t a_address, uint32_t b_address,
+__device__ __forceinline__ void add_rows_by_columns(uint32_t a_address, int a_offset, uint32_t b_address,
                                                     float (&sum)[kRowTiles][kTiles][4]) {
   static_assert(kTiles <= 8);
   add_products<kType, kInner / 16>(
       sum,
       [&](int s, int m, uint32_t(&words)[4]) {
-        load_matrices(at_step(a_address, s % 4) + (s / 4 * kRowsA + 16 * m) * kPanelPitch, words);
+        load_matrices(at_step(a_address, s % 4) + (a_offset + (s / 4 * kRowsA + 16 * m) * kPanelPitch),
+                      words);
       },
       [&](int s, int pair, uint32_t(&words)[4]) {
         load_matrices_transposed(at_step(b_address, pair) + 16 * s * kPanelPitch, words);
@@ -108,16 +115,16 @@ __device__ __forceinline__ void add_rows_by_columns(uint32_t a_address, uint32_t
 
 // sum += a^T b: a [kInner, ..] and b [kInner, ..], both read down their columns, at most 64 of a panel.
 template <DType kType, int kInner, int kRowTiles, int kTiles>
-__device__ __forceinline__ void add_columns_by_columns(uint32_t a_address, uint32_t b_address,
-                                                       float (&sum)[kRowTiles][kTiles][4]) {
+__device__ __forceinline__ void add_columns_by_columns(uint32_t a_address, int a_offset, uint32_t b_address,
+                                                       int b_offset, float (&sum)[kRowTiles][kTiles][4]) {
   static_assert(kTiles <= 8 && kRowTiles <= 4);
   add_products<kType, kInner / 16>(
       sum,
       [&](int s, int m, uint32_t(&words)[4]) {
-        load_matrices_transposed(at_step(a_address, m) + 16 * s * kPanelPitch, words);
+        load_matrices_transposed(at_step(a_address, m) + (a_offset + 16 * s * kPanelPitch), words);
       },
       [&](int s, int pair, uint32_t(&words)[4]) {
-        load_matrices_transposed(at_step(b_address, pair) + 16 * s * kPanelPitch, words);
+        load_matrices_transposed(at_step(b_address, pair) + (b_offset + 16 * s * kPanelPitch), words);
       });
 }
 

@@ -73,6 +73,7 @@ class AttentionBackwardEmulator(AttentionEmulator):
         p = self.params
         workspace = {
             "pivots": plan.rows * 2,
+            "zeros": plan.block_m * plan.block_d // WARPS,
             "factors": plan.rows,
             "sums": plan.rows * plan.block_d,
             "sink_shares": p.call.H * p.call.B * p.call.tiles if p.grad_sink else 0,
@@ -91,7 +92,7 @@ class AttentionBackwardEmulator(AttentionEmulator):
                 how = {"shared_bytes": shared_bytes, "checks": self.checks}
                 self.launched.append((instance.name, instance.launch(grid, plan.threads, given, **how)))
 
-        launch("rows", plan.query_grid, 0, plan.block_m)
+        launch("rows", plan.query_grid, 0, plan.block_m, plan.block_m * plan.block_d // WARPS)
         launch("sink", p.call.H if p.grad_sink else 0, 0)
         launch("keys", plan.key_grid, plan.shared_bytes)
         launch("queries", plan.query_grid, plan.query_shared_bytes)
