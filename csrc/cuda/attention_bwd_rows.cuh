@@ -137,7 +137,7 @@ __device__ __forceinline__ void write_rows(uint32_t shared, const HeadRows& rows
       const uint4 words = load_shared(shared + panel * kRows * P::kPitch + place_in_panel<kD>(row, unit));
       uint16_t* const at = to + (first + row) * rows.stride_row + column;
       if (aligned) {
-        if (column < width) *reinterpret_cast<uint4*>(at) = words;
+        if (column < width) store_global(at, words);
       } else {
         const uint32_t halves[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll

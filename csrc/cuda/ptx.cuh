@@ -142,10 +142,11 @@ __device__ __forceinline__ void store_past_l1(float* address, const float (&valu
                : "memory");
 }
 
-__device__ __forceinline__ float2 load_shared_pair(uint32_t shared) {
-  float2 pair;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(shared) : "memory");
-  return pair;
+// 16 aligned bytes. (Of a plain store beside one of single elements nvcc makes four.)
+__device__ __forceinline__ void store_global(void* address, uint4 words) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w)
+               : "memory");
 }
 
 // Four 8x8 matrices of 16-bit elements. Lane 8 i + r gives the address of row r of matrix i, 16 bytes; word i
