@@ -110,6 +110,8 @@ struct BackwardPass {
   const int warp_row = warp % kScoreRows * 16 * kRowTiles;
   const int warp_key = warp / kScoreRows * 8 * kTiles;
   const uint32_t shared;
+  // One register each, and not one for what they are made of.
+  const uint32_t rows_of_warp = forgotten(units_then_rows<kD>(shared) + warp_row * kPanelPitch);
   RealKeys real;  // unless kPlain
   uint64_t seed = 0;
   float dk[kKeyRowTiles][kKeyTiles][4] = {};
@@ -155,12 +157,14 @@ struct BackwardPass {
     const int row = tile * kBlockM + first_row;
     const uint32_t pitch = 2 * static_cast<uint32_t>(stride);
     const char* from = reinterpret_cast<const char*>(rows) + uint64_t{static_cast<uint32_t>(row)} * pitch;
+    from += 16 * unit;
     place += place_in_panel<kD>(first_row, unit);
 #pragma unroll
     for (int i = 0; i < kBlockM / kStep; ++i, from += kStep * pitch) {
+      from = forgotten(from);  // one addition after the other, and the panels' are constants
 #pragma unroll
       for (int panel = 0; panel < kD / kPanelWidth; ++panel) {
-        copy_async(place + (panel * kBlockM + i * kStep) * kPanelPitch, from + panel * kPanelPitch + 16 * unit,
+        copy_async(place + (panel * kBlockM + i * kStep) * kPanelPitch, from + panel * kPanelPitch,
                    (!kLast || row + i * kStep < head.M) && panel * kPanelWidth < width - 8 * unit);
       }
     }
@@ -184,6 +188,12 @@ struct BackwardPass {
     copies_commit();
   }
 
+  // Straight from L2: by the pointer alone nvcc would not know that it is global memory.
+  static __device__ __forceinline__ RowPivot load_pivot(const RowPivot* from) {
+    const float2 pair = __ldg(reinterpret_cast<const float2*>(from));
+    return {pair.x, pair.y};
+  }
+
   // Those of this lane's rows; far from where they are needed, since they come from L2.
   __device__ __forceinline__ void load_pivots(RowPivot (&pivots)[kRowTiles][2]) const {
     const uint32_t thread = forgotten(threadIdx.x);
@@ -192,7 +202,7 @@ struct BackwardPass {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) pivots[m][r] = from[16 * m + 8 * r];
+      for (int r = 0; r < 2; ++r) pivots[m][r] = load_pivot(from + 16 * m + 8 * r);
     }
   }
 
@@ -259,7 +269,7 @@ struct BackwardPass {
     scale_all(grads, call.dropout_scale);
   }
 
-  // grads: of weights, offset included, to scores.
+  // grads: of weights, to scores.
   template <bool kEdge>
   __device__ __forceinline__ void make_gradients(const RowPivot (&pivots)[kRowTiles][2],
                                                  const Scores& weights, Scores& grads) const {
@@ -267,22 +277,25 @@ struct BackwardPass {
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int i = tile * kBlockM + warp_row + 16 * m + 8 * r + lane_row();
-        const bool constant = kEdge && sees_one_key(call, head, i);
         const float offset = pivots[m][r].offset;
+        const auto each = [&](auto change) {
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
+          for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-          for (int e = 2 * r; e < 2 * r + 2; ++e) {
-            float& grad = grads[m][n][e];
-            const float weight = weights[m][n][e];
-            if constexpr (kPlain && !kEdge) {
-              grad *= weight;
-            } else {
-              const float below = constant ? offset : kPlain ? grad : grad + offset;
-              grad = weight == 0.0f ? 0.0f : weight * below;  // whatever a hidden key gave
-            }
+            for (int e = 2 * r; e < 2 * r + 2; ++e) grads[m][n][e] = change(weights[m][n][e], grads[m][n][e]);
           }
+        };
+        if constexpr (!kPlain) each([&](float, float grad) { return grad + offset; });
+        if constexpr (kEdge) {
+          const int i = tile * kBlockM + warp_row + 16 * m + 8 * r + lane_row();
+          const bool constant = sees_one_key(call, head, i);
+          if (__any_sync(0xffffffffu, constant)) {
+            each([&](float, float grad) { return constant ? offset : grad; });
+          }
+          // Whatever a hidden key gave.
+          each([](float weight, float grad) { return weight == 0.0f ? 0.0f : weight * grad; });
+        } else {
+          each([](float weight, float grad) { return weight * grad; });
         }
       }
     }
@@ -328,7 +341,7 @@ struct BackwardPass {
   // P and dS of the tile at hand, into shared memory.
   template <bool kEdge>
   __device__ __forceinline__ void make_scores() {
-    const uint32_t rows = units_then_rows<kD>(shared) + warp_row * kPanelPitch + stage;
+    const uint32_t rows = rows_of_warp + stage;
     const uint32_t columns = rows_then_units<kD>(shared) + warp_key * kPanelPitch;
     const uint32_t place = place_of_lane<kBlockM>(shared + kPlaceOfP, warp_row, warp_key);
     RowPivot pivots[kRowTiles][2];
@@ -383,11 +396,12 @@ struct BackwardPass {
     const uint32_t rows = at_column<kBlockM>(units_then_rows<kD>(shared), first_column) + stage;
 
     int32_t* const turn = queries.turns + tile * kWarps + warp;
-    float* const sums = queries.sums + int64_t{kBlockM * kD} * tile + Sums::place(0, warp);
+    const uint32_t thread = forgotten(threadIdx.x);
+    float* const sums = queries.sums + int64_t{kBlockM * kD} * tile + Sums::place_of_thread(thread);
     const int before = keys.number - first_key_tile<kBlockN>(call, head, tile * kBlockM);
     float dq[Sums::kRowTiles][Sums::kTiles][4];
     while (load_acquire(turn) < before) continue;
-    Sums::load(before > 0 ? sums : p.zeros + Sums::place(0, 0), dq);
+    Sums::load(before > 0 ? sums : p.zeros + Sums::place_of_thread(thread % kWarp), dq);
     add_columns_by_columns<kType, kBlockM>(weights, kPlaceOfP, rows, kPlaceOfQ + kGradOut, dv);
     const uint32_t grads = units_then_rows<kD>(shared) + Sums::first_row(warp) * kPanelPitch;
     const uint32_t columns = at_column<kBlockN>(units_then_rows<kD>(shared), Sums::first_column(warp));

@@ -159,9 +159,8 @@ struct QuerySums {
   static constexpr int kLaneStride = 4, kStep = 4 * kWarp;  // from lane to lane; from 16 x 8 to 16 x 8
 
   // [kRowTiles][kTiles][kWarp][4] of a warp, so that a warp's accesses are whole.
-  static __device__ __forceinline__ int64_t place(int64_t slot, int warp) {
-    return (slot * BackwardTile::kWarps + warp) * (kRowTiles * kTiles * kStep) +
-           static_cast<int>(threadIdx.x) % kWarp * kLaneStride;
+  static __device__ __forceinline__ uint32_t place_of_thread(uint32_t thread) {
+    return thread / kWarp * (kRowTiles * kTiles * kStep) + thread % kWarp * kLaneStride;
   }
   static __device__ __forceinline__ int first_row(int warp) { return warp % kRows * 16 * kRowTiles; }
   static __device__ __forceinline__ int first_column(int warp) { return warp / kRows * 8 * kTiles; }
@@ -209,7 +208,9 @@ __global__ void __launch_bounds__(backward_tile(kD, kPlain).threads())
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   float dq[Sums::kRowTiles][Sums::kTiles][4];
   set_zero(dq);
-  if (p.turns[slot * BackwardTile::kWarps + warp] > 0) Sums::load(p.sums + Sums::place(slot, warp), dq);
+  if (p.turns[slot * BackwardTile::kWarps + warp] > 0) {
+    Sums::load(p.sums + slot * (kBlockM * kD) + Sums::place_of_thread(threadIdx.x), dq);
+  }
   scale_all(dq, p.call.scale);
   store_tile<kBlockM>(place_of_lane<kBlockM>(shared, Sums::first_row(warp), Sums::first_column(warp)), dq,
                       kType);

@@ -72,6 +72,11 @@ __device__ __forceinline__ const uint16_t* forgotten(const uint16_t* pointer) {
   return pointer;
 }
 
+__device__ __forceinline__ const char* forgotten(const char* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
+
 // The address of shared memory as the instructions below take it.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
