@@ -167,9 +167,9 @@ struct ForwardTile {
 #pragma unroll
         for (int n = 0; n < kD / 8; ++n) {
           const int panel = n / Panel<kD>::kUnits, unit = n % Panel<kD>::kUnits;
-          store_shared(place + panel * kBlockM * Panel<kD>::kPitch + place_in_panel<kD>(row, unit) +
-                           2 * lane_column(),
-                       pack_halves(out[m][n][2 * r] * rescale, out[m][n][2 * r + 1] * rescale, kType));
+          store_shared(
+              place + panel * kBlockM * Panel<kD>::kPitch + place_in_panel<kD>(row, unit) + 2 * lane_column(),
+              pack_halves(out[m][n][2 * r] * rescale, out[m][n][2 * r + 1] * rescale, kType));
         }
       }
     }
@@ -181,8 +181,7 @@ struct ForwardTile {
     using P = Panel<kD>;
     const int thread = static_cast<int>(threadIdx.x) % kWarp;
     const int unit = thread % P::kUnits, i0 = head.m0 + warp_row;
-    for (int row = thread / P::kUnits; row < 16 * kRowTiles && i0 + row < head.M;
-         row += kWarp / P::kUnits) {
+    for (int row = thread / P::kUnits; row < 16 * kRowTiles && i0 + row < head.M; row += kWarp / P::kUnits) {
       uint16_t* const to = static_cast<uint16_t*>(p.out.data) + head.b * p.out.stride_b +
                            head.h * p.out.stride_h + (head.first_query + i0 + row) * p.out.stride_row;
 #pragma unroll
@@ -211,7 +210,8 @@ __global__ void __launch_bounds__(forward_tile(kD, kKind).threads(), forward_til
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   const int heads = static_cast<int>(blockIdx.x) / p.tiles;
   int tile = static_cast<int>(blockIdx.x) % p.tiles;
-  if (p.right < p.M) tile = p.tiles - 1 - tile;  // the longest rows first, so that none is left over at the end
+  if (p.right < p.M)
+    tile = p.tiles - 1 - tile;  // the longest rows first, so that none is left over at the end
   Head found = head_of(p, heads / p.H, heads % p.H, tile * Tile::kBlockM);
   if (found.m0 >= found.M) return;
   if constexpr (!Tile::kPlain) {

@@ -3,9 +3,10 @@
 //
 // Budget of forward's hot loop, by mma.m16n8k16 (2048 multiply-adds of a warp, 8 cycles of a quarter of an
 // A100). A product of D = 128 belongs to 8 scores, which is a quarter of one a lane: each costs a fused
-// multiply-add, a maximum, an exponential, an addition and half a conversion, 1.1 slots in all, and D / kBlockN
-// multiplications of the sums so far, 0.5 at 64 keys. A warp of 32 queries uses what ldmatrix brings of a key
-// twice: 0.4 slots and 6 cycles of shared memory's port, where 16 queries would take 9 of the 8 that there are.
+// multiply-add, a maximum, an exponential, an addition and half a conversion, 1.1 slots in all, and D /
+// kBlockN multiplications of the sums so far, 0.5 at 64 keys. A warp of 32 queries uses what ldmatrix brings
+// of a key twice: 0.4 slots and 6 cycles of shared memory's port, where 16 queries would take 9 of the 8 that
+// there are.
 #pragma once
 
 #include <cstdint>
@@ -71,8 +72,8 @@ constexpr float kLeastScale = 1e-30f;
 
 constexpr int kHeadWidths[] = {32, 64, 96, 128, 192, 256};
 
-// How one instantiation divides its work: each warp has kRowTiles times 16 queries of its block, and all warps
-// go through the keys together, kBlockN at a time.
+// How one instantiation divides its work: each warp has kRowTiles times 16 queries of its block, and all
+// warps go through the keys together, kBlockN at a time.
 struct AttentionTile {
   int row_tiles;
   int warps;
@@ -85,9 +86,10 @@ struct AttentionTile {
   constexpr int shared_bytes(int block_d) const { return 2 * block_d * (block_m() + 2 * block_n); }
 };
 
-// What an instantiation is for. A plain call has nothing but a positive scale between a product and its weight,
-// and what is hidden lies in ranges of keys: window, lengths, packed sequences. Between kWhole and kPadded lie two predicates and a register, which a warp of
-// 32 queries at D = 128 does not have; between kPadded and kGeneral the loop without masks.
+// What an instantiation is for. A plain call has nothing but a positive scale between a product and its
+// weight, and what is hidden lies in ranges of keys: window, lengths, packed sequences. Between kWhole and
+// kPadded lie two predicates and a register, which a warp of 32 queries at D = 128 does not have; between
+// kPadded and kGeneral the loop without masks.
 enum class AttentionKind : int32_t {
   kWhole,   // plain and aligned, and D and D_v are the instantiation's
   kPadded,  // plain and aligned
@@ -110,9 +112,7 @@ inline bool has_aligned_rows(const HeadRows& rows, int64_t width) {
 }
 
 inline const char* name_of(AttentionKind kind) {
-  return kind == AttentionKind::kWhole    ? "whole"
-         : kind == AttentionKind::kPadded ? "padded"
-                                          : "general";
+  return kind == AttentionKind::kWhole ? "whole" : kind == AttentionKind::kPadded ? "padded" : "general";
 }
 
 struct AttentionPlan {

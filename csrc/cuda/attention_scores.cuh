@@ -199,9 +199,9 @@ __device__ __forceinline__ void make_logits(const AttentionFwdParams& p, const H
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int i = i0 + 16 * m + 8 * r + lane_row();
-      const char* const bias = static_cast<const char*>(p.bias.data) +
-                               bias_size * (head.b * p.bias.stride_b + head.h * p.bias.stride_h +
-                                            i * p.bias.stride_m);
+      const char* const bias =
+          static_cast<const char*>(p.bias.data) +
+          bias_size * (head.b * p.bias.stride_b + head.h * p.bias.stride_h + i * p.bias.stride_m);
       const char* const relative = static_cast<const char*>(p.relative_bias) +
                                    relative_size * (head.h * p.relative_bias_stride_h + p.M - 1 - i);
 #pragma unroll
@@ -213,7 +213,8 @@ __device__ __forceinline__ void make_logits(const AttentionFwdParams& p, const H
           const bool inside = i < head.M && j < head.N;
           score *= capped_scale;
           if (p.softcap != 0.0f) score = tanh_approximate(score) * p.softcap;
-          if (p.bias.data != nullptr && inside) score += load_element(bias, p.bias.dtype, j * p.bias.stride_n);
+          if (p.bias.data != nullptr && inside)
+            score += load_element(bias, p.bias.dtype, j * p.bias.stride_n);
           if (p.relative_bias != nullptr && inside) {
             score += load_element(relative, p.relative_bias_dtype, j);
           }
@@ -239,7 +240,7 @@ __device__ __forceinline__ void drop(const AttentionFwdParams& p, const Head& he
         const PhiloxWords decisions = philox4x32_7(seed, call, i, head.stream, 0);
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-          float(&tile)[4] = weights[m][four + w];
+          float (&tile)[4] = weights[m][four + w];
           if ((decisions.w[w] & 0xffffu) < p.threshold) tile[2 * r] = 0.0f;
           if (decisions.w[w] >> 16 < p.threshold) tile[2 * r + 1] = 0.0f;
         }

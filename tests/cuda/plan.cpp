@@ -15,4 +15,9 @@ void plan_bwd(NormBwdParams* p, int32_t multiprocessors, bool need_parameters, N
   *plan = plan_norm_bwd(*p, multiprocessors, need_parameters);
 }
 void plan_attention(AttentionFwdParams* p, AttentionPlan* plan) { *plan = plan_attention_fwd(*p); }
+// Of an instantiation; returns its bytes of shared memory.
+int32_t attention_tile(int32_t block_d, int32_t kind, AttentionTile* tile) {
+  *tile = forward_tile(block_d, static_cast<AttentionKind>(kind));
+  return tile->shared_bytes(block_d);
+}
 }

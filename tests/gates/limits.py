@@ -26,6 +26,8 @@ LIMITS = {
     ("attention_fwd", "sm_90", 128): Limits(most_nt=2.1, least_w1=0.70),
     ("attention_fwd", "sm_90", 64): Limits(least_w1=0.45),
     ("attention_fwd", "sm_80", 64): Limits(most_nt=3.6, least_w1=0.60),
+    ("attention_fwd_cuda", "sm_80", 128): Limits(most_nt=2.6, least_w1=0.60),
+    ("attention_fwd_cuda", "sm_80", 64): Limits(most_nt=3.6, least_w1=0.60),
     ("attention_bwd", "sm_80", 128): Limits(most_nt=1.8),
 }
 
@@ -66,9 +68,12 @@ ANCHORS = {
     ("attention_bwd", "sm_90", 64): [Anchor("FlashAttention-3", "0", 2.1, 0.60, 0.67)],
 }
 
+for _width in (64, 128):
+    ANCHORS["attention_fwd_cuda", "sm_80", _width] = ANCHORS["attention_fwd", "sm_80", _width]
+
 # Products of matrices that an operator's meaning asks for, for each pair of a query and a key; and those that
 # each kernel's hot loop runs, recomputed ones too.
-USEFUL_PRODUCTS = {"attention_fwd": 2, "attention_bwd": 5}
+USEFUL_PRODUCTS = {"attention_fwd": 2, "attention_fwd_cuda": 2, "attention_bwd": 5}
 RUN_PRODUCTS = {"attention_fwd": 2, "key_gradients": 4, "query_gradients": 3}
 
 

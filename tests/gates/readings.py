@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.triton.offline import Launch, catch_launches, compile_launch, resources
+from tests.ptxvm import nvcc
+from tests.triton.offline import Launch, catch_launches, compile_launch, cubin_resources, resources
 
 from . import hot_loop, sass
 from .attention_cases import attention_cases
 from .case import Case
+from .cuda_cases import cuda_attention_cases
 from .feed_forward_cases import feed_forward_cases
 from .hot_loop import HotLoop
 from .norm_cases import norm_cases
@@ -26,6 +28,7 @@ CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "norm_fwd": partial(norm_cases, "norm_fwd"),
     "norm_bwd": partial(norm_cases, "norm_bwd"),
     "attention_fwd": partial(attention_cases, "attention_fwd"),
+    "attention_fwd_cuda": partial(cuda_attention_cases, "attention_fwd_cuda"),
     "attention_weights": partial(attention_cases, "attention_weights"),
     "attention_bwd": partial(attention_cases, "attention_bwd"),
     "feed_forward_fwd": partial(feed_forward_cases, "feed_forward_fwd"),
@@ -79,6 +82,8 @@ def _tile(launch: Launch) -> str:
 
 def read(case: Case, target: str) -> list[Reading]:
     """A reading for each kernel that the case launches, one for those that Triton compiles once."""
+    if case.compiled:
+        return [_read_compiled(case, target)]
     launches: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch:
         catch_launches(patch, target, launches.append)
@@ -95,6 +100,16 @@ def read(case: Case, target: str) -> list[Reading]:
         place = target, case.op, case.name, case.gated_dim, kernel, _tile(launch)
         readings.append(Reading(*place, *resources(compiled), loop))
     return readings
+
+
+def _read_compiled(case: Case, target: str) -> Reading:
+    if nvcc.cache_folder is None:
+        _CACHE.mkdir(parents=True, exist_ok=True)
+        nvcc.cache_folder = _CACHE
+    kernel, tile, cubin, dynamic_shared = case.call(target)
+    registers, spilled, shared = cubin_resources(cubin)
+    place = target, case.op, case.name, case.gated_dim, kernel, tile
+    return Reading(*place, registers, spilled, shared + dynamic_shared, _hot_loop(cubin))
 
 
 def read_place(place: tuple[str, str, int]) -> list[Reading]:
