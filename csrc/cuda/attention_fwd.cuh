@@ -98,21 +98,36 @@ struct ForwardTile {
     if constexpr (!kPlain) next_real.find(p, head, n0 + kBlockN);
     copy_block(keys, kPlaceOfK, left - kBlockN, next_real);
 
-    const int i0 = head.m0 + warp_row;
-    if constexpr (!kPlain) {
-      if (p.logits) make_logits(p, head, i0, n0, scores);
-    }
-    if constexpr (kEdge) hide_outside(p, head, i0, n0, scores);
-    if constexpr (!kPlain) {
-      const bool has_masks =
-          p.mask.data != nullptr || p.padding.data != nullptr || p.key_mask.data != nullptr;
-      if (has_masks) hide_masked(p, head, real, i0, n0, scores);
-    }
+    modify<kEdge>(scores);
     fold_scores<!kPlain>(p.factor, state, scores, out);
     if constexpr (!kPlain) {
-      if (p.threshold > 0) drop(p, head, seed, i0, n0, scores);
+      if (p.threshold > 0) drop(p, head, seed, head.m0 + warp_row, n0, scores);
     }
     multiply_values<kType, kD>(v_address, scores, out);
+  }
+
+  // Bare products become logits, unless nothing but the scale lies between; what is hidden becomes -inf.
+  template <bool kEdge>
+  __device__ __forceinline__ void modify(float (&scores)[kRowTiles][kTiles][4]) const {
+    const int i0 = head.m0 + warp_row;
+    if constexpr (kPlain) {
+      if constexpr (kEdge) hide_outside(p, head, i0, n0, scores);
+    } else {
+      if (p.logits) scale_and_cap(p, scores);
+      if (p.bias_pairs) {
+        add_bias<true>(p, head, i0, n0, scores);
+      } else if (p.bias.data != nullptr) {
+        add_bias<false>(p, head, i0, n0, scores);
+      }
+      if (p.relative_bias != nullptr) add_relative_bias(p, head, i0, n0, scores);
+      if (n0 < blocks.full_begin || n0 >= blocks.full_end) hide_outside(p, head, i0, n0, scores);
+      if (p.padding.data != nullptr || p.key_mask.data != nullptr) hide_keys(real, scores);
+      if (p.mask_pairs) {
+        hide_masked<true>(p, head, i0, n0, scores);
+      } else if (p.mask.data != nullptr) {
+        hide_masked<false>(p, head, i0, n0, scores);
+      }
+    }
   }
 
   __device__ __forceinline__ void next_block() {

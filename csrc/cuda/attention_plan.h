@@ -57,11 +57,13 @@ struct AttentionFwdParams {
   uint32_t threshold;  // a 16-bit decision keeps its weight iff it is >= threshold; 0: no dropout
   float dropout_scale;
   // Set by the plan:
-  int32_t aligned;  // rows come in whole aligned units of 16 bytes
-  int32_t tiles;    // of a head's queries
-  int32_t logits;   // scores are held as logits; else as bare products
-  float unit;       // what an element of the scores counts in logits
-  float factor;     // and in exponents of 2
+  int32_t aligned;     // rows come in whole aligned units of 16 bytes
+  int32_t tiles;       // of a head's queries
+  int32_t mask_pairs;  // two columns of the mask, and of the bias, may be read as one word
+  int32_t bias_pairs;
+  int32_t logits;  // scores are held as logits; else as bare products
+  float unit;      // what an element of the scores counts in logits
+  float factor;    // and in exponents of 2
 };
 
 // Sizes of positions, and sums of a few of them, fit 32 bits.
@@ -111,6 +113,13 @@ inline bool has_aligned_rows(const HeadRows& rows, int64_t width) {
          rows.stride_h % 8 == 0 && rows.stride_row % 8 == 0 && width % 8 == 0;
 }
 
+// Whether every two columns from an even one on are a word, in a tensor [.., N] of elements of this size.
+inline bool has_pairs(const ScoreMatrix& matrix, int64_t size, int64_t N) {
+  return matrix.data != nullptr && reinterpret_cast<uintptr_t>(matrix.data) % (2 * size) == 0 &&
+         matrix.stride_n == 1 && matrix.stride_b % 2 == 0 && matrix.stride_h % 2 == 0 &&
+         matrix.stride_m % 2 == 0 && N % 2 == 0;
+}
+
 inline const char* name_of(AttentionKind kind) {
   return kind == AttentionKind::kWhole ? "whole" : kind == AttentionKind::kPadded ? "padded" : "general";
 }
@@ -134,6 +143,8 @@ inline AttentionPlan plan_attention_fwd(AttentionFwdParams& p) {
   }
   p.aligned = has_aligned_rows(p.query, p.D) && has_aligned_rows(p.key, p.D) &&
               has_aligned_rows(p.value, p.D_v) && has_aligned_rows(p.out, p.D_v);
+  p.mask_pairs = has_pairs(p.mask, 1, p.N);
+  p.bias_pairs = has_pairs(p.bias, size_of(p.bias.dtype), p.N);
   p.logits =
       p.softcap != 0.0f || p.bias.data != nullptr || p.relative_bias != nullptr || p.scale < kLeastScale;
   p.unit = p.logits ? 1.0f : p.scale;

@@ -104,6 +104,20 @@ def test_rows_are_read_in_place(attention_emulator):
     assert attention_emulator.params.aligned and "KindE0EE" in attention_emulator.launched[0][0]
 
 
+@pytest.mark.parametrize(
+    "name, tensor",
+    [
+        ("mask", Draw(BF16).bools(2, 1, 40, 100)),
+        ("bias", Draw(BF16).floats(1, 2, 40, 100)),
+        ("bias", torch.linspace(-3, 3, 4000).view(1, 1, 40, 100)),
+    ],
+    ids=("mask", "bias", "float32 bias"),
+)
+def test_scores_read_two_columns_at_a_time(attention_emulator, name, tensor):
+    judge_here(attention_inputs(B=2, H=2, M=40, N=100, D=32, dtype=BF16) | {name: tensor})
+    assert getattr(attention_emulator.params, f"{name}_pairs")
+
+
 def dropout_of(p, *shape):
     only = {"dropout_p": p, "seed": torch.tensor([SEED])}
     return only, {"keep": philox.attention_keep(*shape, SEED, p), "keep_scale": philox.keep_scale(p)}
