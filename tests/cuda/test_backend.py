@@ -10,6 +10,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 import fastformer
 from fastformer import dispatch
@@ -167,6 +168,16 @@ def test_attention_goes_to_the_faster_kernel(machine, capability, first):
     assert dispatch.choose("attention_bwd", spec, tensors, "auto") is triton
     machine.setattr(triton, "why_not", lambda op, spec, tensors: "it is not installed")
     assert dispatch.choose("attention_fwd", spec, tensors, "auto") is cuda
+
+
+def test_giving_way_is_explained(machine):
+    machine.setattr(dispatch, "_CONFIGURATION", {})  # fake tensors have no data pointers
+    machine.setattr(triton, "why_not", lambda op, spec, tensors: None)
+    with FakeTensorMode():
+        query = torch.empty(2, 4, 64, 32, device="cuda", dtype=torch.bfloat16)
+        explanation = fastformer.explain(fastformer.attention, query, query, query)
+    assert explanation.backend == "triton"
+    assert explanation.notes == ("cuda serves attention_fwd too, and gives way to triton on this device",)
 
 
 ROWS = st.integers(1, 100_000)
