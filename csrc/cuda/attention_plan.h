@@ -94,17 +94,17 @@ struct AttentionTile {
 // kPadded and kGeneral the loop without masks.
 enum class AttentionKind : int32_t {
   kWhole,   // plain and aligned, and D and D_v are the instantiation's
-  kPadded,  // plain and aligned
+  kPadded,  // plain and aligned, of any width
   kGeneral  // everything else
 };
 
-// At most 96 KB of shared memory, which every chip from Ampere on has.
+// At most 96 KB of shared memory, which every chip from Ampere on has. At D = 64 96 keys are what registers
+// hold beside the sums: rescaling these costs a third less than at 64 keys, and 128 spill.
 constexpr AttentionTile forward_tile(int block_d, AttentionKind kind) {
   if (block_d > 192) return {1, 4, 64, 1};
-  if (block_d > 128 || kind == AttentionKind::kGeneral) return {1, 8, 64, 1};
-  if (kind == AttentionKind::kWhole && block_d == 64) return {2, 4, 96, 2};
-  if (kind == AttentionKind::kWhole || block_d < 128) return {2, 4, 64, 2};
-  return {1, 8, 64, 1};
+  if (kind == AttentionKind::kGeneral) return {1, 8, 64, block_d > 64 ? 1 : 2};
+  if (block_d > 128 || (block_d == 128 && kind == AttentionKind::kPadded)) return {1, 8, 64, 1};
+  return {2, 4, block_d == 64 && kind == AttentionKind::kWhole ? 96 : 64, 2};
 }
 
 // Whether rows of this tensor begin at multiples of 16 bytes.
@@ -118,6 +118,16 @@ inline bool has_pairs(const ScoreMatrix& matrix, int64_t size, int64_t N) {
   return matrix.data != nullptr && reinterpret_cast<uintptr_t>(matrix.data) % (2 * size) == 0 &&
          matrix.stride_n == 1 && matrix.stride_b % 2 == 0 && matrix.stride_h % 2 == 0 &&
          matrix.stride_m % 2 == 0 && N % 2 == 0;
+}
+
+// Whether whole blocks of keys of a kWhole instantiation are so much more than N that kPadded's smaller ones,
+// of which each costs a twelfth more, are the cheaper.
+inline bool wastes_keys(int block_d, int64_t N) {
+  const auto rounded = [&](AttentionKind kind) {
+    const int block_n = forward_tile(block_d, kind).block_n;
+    return (N + block_n - 1) / block_n * block_n;
+  };
+  return rounded(AttentionKind::kWhole) * 12 > rounded(AttentionKind::kPadded) * 13;
 }
 
 inline const char* name_of(AttentionKind kind) {
@@ -149,11 +159,10 @@ inline AttentionPlan plan_attention_fwd(AttentionFwdParams& p) {
       p.softcap != 0.0f || p.bias.data != nullptr || p.relative_bias != nullptr || p.scale < kLeastScale;
   p.unit = p.logits ? 1.0f : p.scale;
   p.factor = p.unit * kLog2E;
-  const bool whole = p.D == plan.block_d && p.D_v == plan.block_d;
   const bool masked = p.mask.data != nullptr || p.key_mask.data != nullptr || p.padding.data != nullptr;
-  plan.kind = !p.aligned || p.logits || masked || p.threshold > 0 ? AttentionKind::kGeneral
-              : whole                                             ? AttentionKind::kWhole
-                                                                  : AttentionKind::kPadded;
+  const bool general = !p.aligned || p.logits || masked || p.threshold > 0;
+  const bool whole = p.D == plan.block_d && p.D_v == plan.block_d && !wastes_keys(plan.block_d, p.N);
+  plan.kind = general ? AttentionKind::kGeneral : whole ? AttentionKind::kWhole : AttentionKind::kPadded;
   const AttentionTile tile = forward_tile(plan.block_d, plan.kind);
   p.tiles = (p.M + tile.block_m() - 1) / tile.block_m();
   plan.grid = static_cast<uint32_t>(int64_t{p.tiles} * p.H * p.B);

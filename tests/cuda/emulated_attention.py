@@ -16,6 +16,7 @@ from .structures import CSRC, DTYPES, HERE, plans, poisoned, struct_argument, st
 HeadRows = structure("shapes.h", "HeadRows")
 ScoreMatrix = structure("shapes.h", "ScoreMatrix")
 AttentionFwdParams = structure("cuda/attention_plan.h", "AttentionFwdParams")
+AttentionTile = structure("cuda/attention_plan.h", "AttentionTile")
 AttentionPlan = structure("cuda/attention_plan.h", "AttentionPlan")
 
 

@@ -95,7 +95,7 @@ def test_layouts(layout, D):
 
 def test_rows_are_read_in_place(attention_emulator):
     """Rows further apart than they are wide, in one tensor of query, key and value: nothing is copied."""
-    together = torch.randn(1, 70, 3, 2, 64, generator=torch.Generator().manual_seed(3)).to(BF16)
+    together = torch.randn(1, 90, 3, 2, 64, generator=torch.Generator().manual_seed(3)).to(BF16)
     rows = {
         name: t.transpose(1, 2) for name, t in zip(("query", "key", "value"), together.unbind(2), strict=True)
     }

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from tests.cuda.structures import CSRC, plans, structure
+from tests.cuda.emulated_attention import AttentionTile
+from tests.cuda.structures import CSRC, plans
 from tests.ptxvm import nvcc
 
 from .case import Case, Compiled
@@ -18,7 +19,6 @@ _KINDS = ("whole", "padded", "general")
 _WIDTHS = (32, 64, 96, 128, 192, 256)
 # The chips of one major release run the code of its first.
 _BUILT = {"sm_86": "80", "sm_89": "80"}
-AttentionTile = structure("cuda/attention_plan.h", "AttentionTile")
 
 
 def _compile(width: int, dtype: str, kind: str, target: str) -> Compiled:
