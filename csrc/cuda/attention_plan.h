@@ -107,6 +107,13 @@ constexpr AttentionTile forward_tile(int block_d, AttentionKind kind) {
   return {2, 4, block_d == 64 && kind == AttentionKind::kWhole ? 96 : 64, 2};
 }
 
+// Whether a device of compute capability `major`.x runs this instantiation. At D = 128 32 queries a warp
+// leave no register free, and on 12.x, whose code takes more of them, 312 bytes spill; there tensor cores
+// have half of an A100's rate, so that shared memory keeps up with 16 queries a warp too.
+constexpr bool is_chosen(int block_d, AttentionKind kind, int major) {
+  return major < 12 || block_d != 128 || kind != AttentionKind::kWhole;
+}
+
 // Whether rows of this tensor begin at multiples of 16 bytes.
 inline bool has_aligned_rows(const HeadRows& rows, int64_t width) {
   return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride_b % 8 == 0 &&
@@ -142,8 +149,9 @@ struct AttentionPlan {
   uint32_t shared_bytes;
 };
 
-// The grid is empty where there is nothing to do. Sets the last fields of p.
-inline AttentionPlan plan_attention_fwd(AttentionFwdParams& p) {
+// For a device of compute capability `major`.x. The grid is empty where there is nothing to do. Sets the last
+// fields of p.
+inline AttentionPlan plan_attention_fwd(AttentionFwdParams& p, int major) {
   constexpr float kLog2E = 1.44269504088896340736f;
   const int width = p.D > p.D_v ? p.D : p.D_v;
   AttentionPlan plan{};
@@ -161,7 +169,8 @@ inline AttentionPlan plan_attention_fwd(AttentionFwdParams& p) {
   p.factor = p.unit * kLog2E;
   const bool masked = p.mask.data != nullptr || p.key_mask.data != nullptr || p.padding.data != nullptr;
   const bool general = !p.aligned || p.logits || masked || p.threshold > 0;
-  const bool whole = p.D == plan.block_d && p.D_v == plan.block_d && !wastes_keys(plan.block_d, p.N);
+  const bool whole = p.D == plan.block_d && p.D_v == plan.block_d && !wastes_keys(plan.block_d, p.N) &&
+                     is_chosen(plan.block_d, AttentionKind::kWhole, major);
   plan.kind = general ? AttentionKind::kGeneral : whole ? AttentionKind::kWhole : AttentionKind::kPadded;
   const AttentionTile tile = forward_tile(plan.block_d, plan.kind);
   p.tiles = (p.M + tile.block_m() - 1) / tile.block_m();

@@ -139,7 +139,7 @@ class AttentionEmulator:
 
     def _launch(self, dtype):
         plan = AttentionPlan()
-        plans().plan_attention(ctypes.byref(self.params), ctypes.byref(plan))
+        plans().plan_attention(ctypes.byref(self.params), int(self.arch) // 10, ctypes.byref(plan))
         instance = kernel(dtype, plan, self.arch)
         counters = instance.launch(
             plan.grid,

@@ -85,6 +85,7 @@ def plans():
             fresh.replace(library)
     loaded = ctypes.CDLL(str(library))
     loaded.kernel_name.restype = ctypes.c_char_p
+    loaded.attention_is_chosen.restype = ctypes.c_bool
     for name in ("NormFwdParams", "NormBwdParams", "AttentionFwdParams"):
         if name in _structures:
             assert ctypes.sizeof(_structures[name]) == getattr(loaded, f"size_of_{name}")()

@@ -182,21 +182,26 @@ def test_giving_way_is_explained(machine):
 
 
 @hypothesis.given(
-    D=st.integers(1, 256), D_v=st.integers(1, 256), M=st.integers(1, 5000), N=st.integers(0, 5000)
+    D=st.integers(1, 256),
+    D_v=st.integers(1, 256),
+    M=st.integers(1, 5000),
+    N=st.integers(0, 5000),
+    major=st.sampled_from((8, 9, 10, 12)),
 )
 @hypothesis.settings(max_examples=200)
-def test_attention_plans_cover_every_query(ptx_cache, D, D_v, M, N):
+def test_attention_plans_cover_every_query(ptx_cache, D, D_v, M, N, major):
     rows = HeadRows(4096, 0, 0, 256)
     p = AttentionFwdParams(
         query=rows, key=rows, value=rows, out=rows, B=2, H=3, M=M, N=N, D=D, D_v=D_v, scale=0.1
     )
     plan, tile = AttentionPlan(), AttentionTile()
-    plans().plan_attention(ctypes.byref(p), ctypes.byref(plan))
+    plans().plan_attention(ctypes.byref(p), major, ctypes.byref(plan))
     shared = plans().attention_tile(plan.block_d, plan.kind, ctypes.byref(tile))
     assert plan.block_d >= max(D, D_v) and plan.shared_bytes == shared <= 96 << 10
     block_m = 16 * tile.row_tiles * tile.warps
     assert p.tiles * block_m >= M > (p.tiles - 1) * block_m and plan.grid == 6 * p.tiles
     assert plan.threads == 32 * tile.warps
+    assert plans().attention_is_chosen(plan.block_d, plan.kind, major)
     assert (plan.kind == 2) is (D % 8 != 0 or D_v % 8 != 0)
     if plan.kind == 0:
         assert D == D_v == plan.block_d

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.ptxvm import nvcc
 from tests.triton.offline import Launch, catch_launches, compile_launch, cubin_resources, resources
 
 from . import hot_loop, sass
 from .attention_cases import attention_cases
 from .case import Case
-from .cuda_cases import cuda_attention_cases
+from .cuda_cases import CACHE, cuda_attention_cases
 from .feed_forward_cases import feed_forward_cases
 from .hot_loop import HotLoop
 from .norm_cases import norm_cases
@@ -52,22 +51,19 @@ class Reading:
     loop: HotLoop | None  # None but on NVIDIA's chips
 
 
-# Disassembling takes longer than loading from Triton's own cache, so what was read is kept as well.
-_CACHE = Path(__file__).parents[2] / "build" / "gates"
-
-
 def _model_version() -> bytes:
     """A changed model or parser reads everything anew."""
     return b"".join(Path(module.__file__).read_bytes() for module in (sass, hot_loop))
 
 
 def _hot_loop(cubin: bytes) -> HotLoop:
+    """Kept, because disassembling takes longer than loading from Triton's own cache."""
     key = hashlib.sha256(_model_version() + cubin).hexdigest()
-    kept = _CACHE / f"{key}.json"
+    kept = CACHE / f"{key}.json"
     if kept.exists():
         return HotLoop(**json.loads(kept.read_text()))
     found = hot_loop.hot_loops(*sass.parse(sass.disassemble(cubin)))[0]
-    _CACHE.mkdir(parents=True, exist_ok=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
     # Written under another name first, because two processes may read the same kernel.
     written = kept.with_suffix(f".{os.getpid()}")
     written.write_text(json.dumps(asdict(found)))
@@ -103,9 +99,6 @@ def read(case: Case, target: str) -> list[Reading]:
 
 
 def _read_compiled(case: Case, target: str) -> Reading:
-    if nvcc.cache_folder is None:
-        _CACHE.mkdir(parents=True, exist_ok=True)
-        nvcc.cache_folder = _CACHE
     kernel, tile, cubin, dynamic_shared = case.call(target)
     registers, spilled, shared = cubin_resources(cubin)
     place = target, case.op, case.name, case.gated_dim, kernel, tile
