@@ -154,7 +154,8 @@ struct ForwardTile {
 
   // Writes the statistics of a row, and returns what its outputs are to be multiplied by.
   __device__ __forceinline__ float finish_row(int m, int r) const {
-    RowResult row = in_logits(state.max[m][r], state.sum[m][r], kPlain ? kLn2 : p.unit);
+    RowResult row =
+        in_logits(state.max[m][r], state.sum[m][r], kPlain ? kLn2 : p.unit, kPlain ? kLn2Low : 0.0f);
     float rescale = kPlain ? 1.0f : p.dropout_scale;
     if (p.sink != nullptr) rescale *= add_sink(row, load_element(p.sink, p.sink_dtype, head.h));
     const bool nothing = row.sum == 0.0f;
