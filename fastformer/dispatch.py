@@ -166,6 +166,12 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         and tensor.shape[-1] > 1
         and tensor.stride(-1) not in (0, 1)
     )
+    if backend == "auto":
+        notes += tuple(
+            f"cuda serves {direction} too, and gives way to triton on this device"
+            for direction, name in backends.items()
+            if name == "triton" and "cuda" not in refusals[direction]
+        )
     configurations = {
         direction: chosen
         for direction, name in backends.items()

@@ -1,8 +1,10 @@
 // Attention backward: one pass over keys with five products (Dao, "FlashAttention-2", 2023).
-//   w_ij = exp(s_ij - row_max_i) / row_sum_i        ds_ij = w_ij (keep_ij (grad_out_i . v_j) / (1 - p) + offset_i)
-//   dv_j = sum_i keep_ij w_ij / (1 - p) grad_out_i   dk_j = scale sum_i ds_ij q_i   dq_i = scale sum_j ds_ij k_j
+//   w_ij = exp(s_ij - row_max_i) / row_sum_i        ds_ij = w_ij (keep_ij (grad_out_i . v_j) / (1 - p) +
+//   offset_i) dv_j = sum_i keep_ij w_ij / (1 - p) grad_out_i   dk_j = scale sum_i ds_ij q_i   dq_i = scale
+//   sum_j ds_ij k_j
 // A block holds the sums of dK and dV of its keys in registers and walks over the queries. Each tile of dQ
-// lies in a float32 workspace, to which the blocks of keys add in their order: no atomics, the same bits always.
+// lies in a float32 workspace, to which the blocks of keys add in their order: no atomics, the same bits
+// always.
 //
 // Why not a pass of its own for dQ, which would write nothing but dQ: at D = 128 a step of 64 queries and 128
 // keys takes 320 mma.m16n8k16 of a warp; the turn takes 16 loads and stores of 16 bytes and some 20
@@ -11,71 +13,14 @@
 // more of a head (the workspace written, and read once), and the step's exponentials once, not twice.
 //
 // Order: a ticket tells a program its keys, so that programs start in the order of their keys on any machine,
-// and they walk from the last query to the first: those before have passed wherever this one arrives, window or
-// diagonal. A turn is taken before the products and given back after the last, so that neither the sums'
+// and they walk from the last query to the first: those before have passed wherever this one arrives, window
+// or diagonal. A turn is taken before the products and given back after the last, so that neither the sums'
 // latency nor the fence is waited for.
 #pragma once
 
-#include "attention_bwd_rows.cuh"
+#include "attention_bwd_tiles.cuh"
 
 namespace fastformer::cuda {
-
-// Tiles of queries that see a block of keys, by number, begin <= full_begin <= full_end <= end; those in
-// [full_begin, full_end) see all of it, masks apart. Rows past the last query hide nothing: their weights are 0.
-struct QueryTiles {
-  int begin, full_begin, full_end, end;
-};
-
-template <int kBlockM, int kBlockN>
-__device__ __forceinline__ QueryTiles query_tiles(const AttentionFwdParams& p, const Head& head, int n0) {
-  const int first_key = max(n0, head.key_begin), last_key = min(n0 + kBlockN, head.key_end) - 1;
-  const int first = max(0, first_key - head.offset - p.right);
-  const int last = min(head.M - 1, last_key - head.offset + p.left);
-  if (first_key > last_key || first > last) return {0, 0, 0, 0};
-  QueryTiles tiles{first / kBlockM, 0, 0, last / kBlockM + 1};
-  const bool whole = n0 >= head.key_begin && n0 + kBlockN <= head.key_end;
-  const int full_first = max(0, last_key - head.offset - p.right);
-  const int full_end = first_key - head.offset + p.left + 1;
-  tiles.full_begin = min((full_first + kBlockM - 1) / kBlockM, tiles.end);
-  tiles.full_end = full_end >= head.M ? tiles.end : max(full_end, 0) / kBlockM;
-  tiles.full_end = max(whole ? tiles.full_end : 0, tiles.full_begin);
-  return tiles;
-}
-
-// The first block of keys that the queries from m0 on see.
-template <int kBlockN>
-__device__ __forceinline__ int first_key_tile(const AttentionFwdParams& p, const Head& head, int m0) {
-  return max(head.key_begin, m0 + head.offset - p.left) / kBlockN;
-}
-
-// The keys that a block takes.
-struct KeyTile {
-  int n0;
-  int number;            // n0 / kBlockN
-  int b, first_head;     // the first query head that reads them
-};
-
-// What belongs to one head's queries, from its first row on.
-struct HeadQueries {
-  const uint16_t* query;
-  const uint16_t* grad_out;
-  const RowPivot* pivots;
-  const float* factors;
-  float* sums;
-  int32_t* turns;
-};
-
-template <int kBlockM, int kD>
-__device__ __forceinline__ HeadQueries head_queries(const AttentionBwdParams& p, const Head& head) {
-  const auto first_row = [&](const HeadRows& rows) {
-    return static_cast<const uint16_t*>(rows.data) + head.b * rows.stride_b + head.h * rows.stride_h +
-           head.first_query * rows.stride_row;
-  };
-  const int64_t slot = slot_of_tile(p, head, 0, kBlockM);
-  return {first_row(p.call.query),       first_row(p.grad_out),
-          p.pivots + slot * kBlockM, p.factors + slot * kBlockM,
-          p.sums + slot * kBlockM * kD,  p.turns + slot * BackwardTile::kWarps};
-}
 
 template <DType kType, int kD, bool kPlain>
 struct BackwardPass {
@@ -148,35 +93,16 @@ struct BackwardPass {
     copy<kBlockN>(values, kPlaceOfV, is_real);
   }
 
-  // Of a tile that is aligned, and full unless it is the last. Strides are 32-bit here.
-  template <bool kLast>
-  __device__ __forceinline__ void copy_aligned(const uint16_t* rows, int64_t stride, int width, int tile,
-                                               uint32_t place) const {
-    const uint32_t thread = forgotten(threadIdx.x);  // no register for what this gives
-    const int unit = static_cast<int>(thread % 8), first_row = static_cast<int>(thread / 8);
-    const int row = tile * kBlockM + first_row;
-    const uint32_t pitch = 2 * static_cast<uint32_t>(stride);
-    const char* from = reinterpret_cast<const char*>(rows) + uint64_t{static_cast<uint32_t>(row)} * pitch;
-    from += 16 * unit;
-    place += place_in_panel<kD>(first_row, unit);
-#pragma unroll
-    for (int i = 0; i < kBlockM / kStep; ++i, from += kStep * pitch) {
-      from = forgotten(from);  // one addition after the other, and the panels' are constants
-#pragma unroll
-      for (int panel = 0; panel < kD / kPanelWidth; ++panel) {
-        copy_async(place + (panel * kBlockM + i * kStep) * kPanelPitch, from + panel * kPanelPitch,
-                   (!kLast || row + i * kStep < head.M) && panel * kPanelWidth < width - 8 * unit);
-      }
-    }
-  }
-
   // Starts copies of a tile's Q and dO.
   template <bool kLast>
   __device__ __forceinline__ void copy_queries(int tile, int stage) const {
     const uint32_t place = kPlaceOfQ + stage;
     if constexpr (kPlain) {
-      copy_aligned<kLast>(queries.query, call.query.stride_row, call.D, tile, shared + place);
-      copy_aligned<kLast>(queries.grad_out, p.grad_out.stride_row, call.D_v, tile, shared + place + kGradOut);
+      const auto copy_one = [&](const uint16_t* rows, int64_t stride, int width, uint32_t place) {
+        copy_aligned<kD, kBlockM, kStep, kLast>(rows, stride, width, tile * kBlockM, head.M, shared + place);
+      };
+      copy_one(queries.query, call.query.stride_row, call.D, place);
+      copy_one(queries.grad_out, p.grad_out.stride_row, call.D_v, place + kGradOut);
     } else {
       const int m0 = tile * kBlockM, left = head.M - m0 - Copier::first_row();
       const auto is_real = [&](int i) { return i * kStep < left; };
@@ -206,20 +132,55 @@ struct BackwardPass {
     }
   }
 
+  // A capped score's gradient is multiplied by 1 - tanh^2, and the score is softcap tanh.
+  __device__ __forceinline__ void make_logits(int i0, int j0, Scores& scores, Scores& slopes) const {
+    scale_and_cap(call, scores);
+    if (call.softcap != 0.0f) {
+      const float inverse = 1.0f / call.softcap;
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float capped = scores[m][n][e] * inverse;
+            slopes[m][n][e] = fmaf(-capped, capped, 1.0f);
+          }
+        }
+      }
+    }
+    if (call.bias.data != nullptr) {
+      if (call.bias_pairs) {
+        add_bias<true>(call, head, i0, j0, scores);
+      } else {
+        add_bias<false>(call, head, i0, j0, scores);
+      }
+    }
+    if (call.relative_bias != nullptr) add_relative_bias(call, head, i0, j0, scores);
+  }
+
+  __device__ __forceinline__ void hide_some(int i0, int j0, Scores& scores) const {
+    if (call.padding.data != nullptr || call.key_mask.data != nullptr) {
+      hide_keys(RealKeys{real.bits >> warp_key}, scores);
+    }
+    if (call.mask.data == nullptr) return;
+    if (call.mask_pairs) {
+      hide_masked<true>(call, head, i0, j0, scores);
+    } else {
+      hide_masked<false>(call, head, i0, j0, scores);
+    }
+  }
+
   // Weights before dropout, from products; softcap's slopes where there is one.
   template <bool kEdge>
   __device__ __forceinline__ void make_weights(const RowPivot (&pivots)[kRowTiles][2], Scores& scores,
                                                Scores& slopes) const {
     const int i0 = tile * kBlockM + warp_row, j0 = keys.n0 + warp_key;
     if constexpr (!kPlain) {
-      if (call.softcap != 0.0f) find_slopes(scores, slopes);
-      if (call.logits) make_logits(call, head, i0, j0, scores);
+      if (call.logits) make_logits(i0, j0, scores, slopes);
     }
     if constexpr (kEdge) hide_outside(call, head, i0, j0, scores);
-    if constexpr (!kPlain) {
-      const RealKeys of_warp{real.bits >> warp_key};
-      hide_masked(call, head, of_warp, i0, j0, scores);
-    }
+    if constexpr (!kPlain) hide_some(i0, j0, scores);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -240,22 +201,6 @@ struct BackwardPass {
               score = exp2_approximate(fmaf(score, call.factor, -shift));
             }
           }
-        }
-      }
-    }
-  }
-
-  // 1 - tanh^2, by which the gradient of a capped score is multiplied.
-  __device__ __forceinline__ void find_slopes(const Scores& products, Scores& slopes) const {
-    const float scale = call.scale / call.softcap;
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float capped = tanh_approximate(products[m][n][e] * scale);
-          slopes[m][n][e] = fmaf(-capped, capped, 1.0f);
         }
       }
     }
@@ -304,36 +249,12 @@ struct BackwardPass {
   // The offset comes with the product, unless dropout is to come between.
   __device__ __forceinline__ void start_gradients(const RowPivot (&pivots)[kRowTiles][2],
                                                   Scores& grads) const {
-    if constexpr (!kPlain) {
-      set_zero(grads);
-      return;
-    }
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float offset = pivots[m][r].offset;
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) grads[m][n][2 * r] = grads[m][n][2 * r + 1] = offset;
-      }
-    }
-  }
-
-  __device__ __forceinline__ void write_bias_gradient(const Scores& grads) const {
-    const int64_t at = head.b * p.grad_bias.stride_b + head.h * p.grad_bias.stride_h;
-    void* const base = row_at(p.grad_bias.data, p.grad_bias.dtype, at);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int i = tile * kBlockM + warp_row + 16 * m + e / 2 * 8 + lane_row();
-          const int j = keys.n0 + warp_key + 8 * n + lane_column() + e % 2;
-          if (i >= head.M || j >= head.N) continue;
-          store_element(base, p.grad_bias.dtype, i * p.grad_bias.stride_m + j * p.grad_bias.stride_n,
-                        grads[m][n][e]);
-        }
+        for (int e = 0; e < 4; ++e) grads[m][n][e] = kPlain ? pivots[m][e / 2].offset : 0.0f;
       }
     }
   }
@@ -352,8 +273,7 @@ struct BackwardPass {
     make_weights<kEdge>(pivots, weights, slopes);
     if constexpr (kPlain) store_tile<kBlockM>(place, weights, kType);
     start_gradients(pivots, grads);
-    add_rows_by_rows<kType, kD, kBlockM, kBlockN>(rows, kPlaceOfQ + kGradOut, columns,
-                                                  kPlaceOfV, grads);
+    add_rows_by_rows<kType, kD, kBlockM, kBlockN>(rows, kPlaceOfQ + kGradOut, columns, kPlaceOfV, grads);
     if constexpr (!kPlain) {
       if (call.threshold > 0) {
         Scores kept;
@@ -373,7 +293,9 @@ struct BackwardPass {
     }
     make_gradients<kEdge>(pivots, weights, grads);
     if constexpr (!kPlain) {
-      if (p.grad_bias.data != nullptr) write_bias_gradient(grads);
+      if (p.grad_bias.data != nullptr) {
+        write_bias_gradient(p.grad_bias, head, tile * kBlockM + warp_row, keys.n0 + warp_key, grads);
+      }
       if (call.softcap != 0.0f) {
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {

@@ -22,12 +22,12 @@ struct AttentionBwdParams {
   ScoreMatrix grad_bias;    // of a bias that is broadcast over nothing, zeroed before; data null: not wanted
   float* grad_sink;         // [H], or null
   // Workspace, uninitialised:
-  RowPivot* pivots;   // [H, slots, block_m]
-  float* factors;     // [H, slots, block_m]: 1 / row_sum; read where scores are logits
-  float* sums;        // [H, slots, block_m, block_d]: dQ, each lane's sums of a step side by side
-  float* zeros;       // [block_m, block_d] / 8: what the first adds to
-  int32_t* turns;     // [H, slots, warps]: how many blocks of keys have added to their share of sums
-  int32_t* ticket;    // [1]: how many programs over keys have begun
+  RowPivot* pivots;    // [H, slots, block_m]
+  float* factors;      // [H, slots, block_m]: 1 / row_sum; read where scores are logits
+  float* sums;         // [H, slots, block_m, block_d]: dQ, each lane's sums of a step side by side
+  float* zeros;        // [block_m, block_d] / 8: what the first adds to
+  int32_t* turns;      // [H, slots, warps]: how many blocks of keys have added to their share of sums
+  int32_t* ticket;     // [1]: how many programs over keys have begun
   float* sink_shares;  // [H, B, tiles], or null
   // Set by the plan:
   int32_t slots;      // of a head
@@ -81,7 +81,7 @@ struct AttentionBwdPlan {
 inline AttentionBwdPlan plan_attention_bwd(AttentionBwdParams& p, int64_t total_queries,
                                            int64_t most_shared) {
   AttentionFwdParams& call = p.call;
-  plan_attention_fwd(call);
+  plan_attention_fwd(call, 8);  // for what it sets; forward's own choice is nothing here
   p.aligned = call.aligned && has_aligned_rows(p.grad_out, call.D_v) &&
               has_aligned_rows(p.grad_query, call.D) && has_aligned_rows(p.grad_key, call.D) &&
               has_aligned_rows(p.grad_value, call.D_v);

@@ -9,8 +9,8 @@
 
 namespace fastformer::cuda {
 
-// Where a tile of queries lies in the workspace, in tiles. Packed sequences begin tiles of their own: floor(x +
-// y) + 1 >= floor(x) + ceil(y), so that no two share one.
+// Where a tile of queries lies in the workspace, in tiles. Packed sequences begin tiles of their own: floor(x
+// + y) + 1 >= floor(x) + ceil(y), so that no two share one.
 __device__ __forceinline__ int64_t slot_of_tile(const AttentionBwdParams& p, const Head& head, int tile,
                                                 int block_m) {
   const int first = p.call.starts_q == nullptr ? head.b * p.call.tiles
@@ -18,8 +18,8 @@ __device__ __forceinline__ int64_t slot_of_tile(const AttentionBwdParams& p, con
   return int64_t{head.h} * p.slots + first + tile;
 }
 
-// By window, lengths and padding, but not by a mask of queries and keys. Such a row's weight is 1 whatever its
-// score, which therefore has no gradient but lse's.
+// By window, lengths and padding, but not by a mask of queries and keys. Such a row's weight is 1 whatever
+// its score, which therefore has no gradient but lse's.
 __device__ __forceinline__ bool sees_one_key(const AttentionFwdParams& p, const Head& head, int i) {
   const KeyRange keys = keys_of_row(p, head, i);
   return p.sink == nullptr && keys.end - keys.begin == 1;
@@ -43,9 +43,10 @@ __device__ __forceinline__ float block_sum(float value) {
 }
 
 // A lane's share of a row's delta, of eight.
+template <DType kType>
 __device__ __forceinline__ float share_of_delta(const AttentionBwdParams& p, const Head& head, int i) {
   const auto row_of = [&](const HeadRows& rows) {
-    return row_at(static_cast<const void*>(rows.data), p.call.dtype,
+    return row_at(static_cast<const void*>(rows.data), kType,
                   head.b * rows.stride_b + head.h * rows.stride_h + (head.first_query + i) * rows.stride_row);
   };
   const void* const out = row_of(p.call.out);
@@ -53,8 +54,8 @@ __device__ __forceinline__ float share_of_delta(const AttentionBwdParams& p, con
   float delta = 0.0f;
   for (int unit = static_cast<int>(threadIdx.x) % 8; 8 * unit < p.call.D_v; unit += 8) {
     float o[8], g[8];
-    load_unit(out, p.call.dtype, p.aligned, unit, p.call.D_v, o);
-    load_unit(grad_out, p.call.dtype, p.aligned, unit, p.call.D_v, g);
+    load_unit(out, kType, p.aligned, unit, p.call.D_v, o);
+    load_unit(grad_out, kType, p.aligned, unit, p.call.D_v, g);
 #pragma unroll
     for (int e = 0; e < 8; ++e) delta = fmaf(o[e], g[e], delta);
   }
@@ -64,8 +65,7 @@ __device__ __forceinline__ float share_of_delta(const AttentionBwdParams& p, con
 // Row i's entries of the workspace; returns the sink's share.
 __device__ __forceinline__ float write_row(const AttentionBwdParams& p, const Head& head, int i, float delta,
                                            int64_t entry) {
-  const int64_t at =
-      head.b * p.call.stats_stride_b + head.h * p.call.stats_stride_h + head.first_query + i;
+  const int64_t at = head.b * p.call.stats_stride_b + head.h * p.call.stats_stride_h + head.first_query + i;
   const float row_sum = p.call.row_sum[at], row_max = p.call.row_max[at];
   const bool nothing = row_sum == 0.0f;
   const float grad_lse = p.grad_lse == nullptr || nothing ? 0.0f : p.grad_lse[at];
@@ -79,7 +79,8 @@ __device__ __forceinline__ float write_row(const AttentionBwdParams& p, const He
 }
 
 // A tile of queries a block: pivots and factors of its rows, turns set to 0, and `zeros` zeros.
-static __global__ void __launch_bounds__(BackwardTile::kWarps* kWarp)
+template <DType kType>
+__global__ void __launch_bounds__(BackwardTile::kWarps* kWarp)
     attention_bwd_rows_kernel(const __grid_constant__ AttentionBwdParams p, int block_m, int zeros) {
   Head head = head_of_block(p.call, block_m);
   const int tile = head.m0 / block_m;
@@ -95,7 +96,7 @@ static __global__ void __launch_bounds__(BackwardTile::kWarps* kWarp)
     for (int row = static_cast<int>(threadIdx.x) / 8; row < block_m; row += BackwardTile::kWarps * 4) {
       const int i = head.m0 + row;
       const int64_t entry = slot * block_m + row;
-      const float delta = warp_sum(i < head.M ? share_of_delta(p, head, i) : 0.0f, 8);
+      const float delta = warp_sum(i < head.M ? share_of_delta<kType>(p, head, i) : 0.0f, 8);
       if (threadIdx.x % 8 == 0 && i < head.M) {
         share += write_row(p, head, i, delta, entry);
       } else if (threadIdx.x % 8 == 0) {
@@ -110,7 +111,8 @@ static __global__ void __launch_bounds__(BackwardTile::kWarps* kWarp)
 }
 
 // A head a block.
-static __global__ void __launch_bounds__(BackwardTile::kWarps* kWarp)
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads)
     attention_bwd_sink_kernel(const __grid_constant__ AttentionBwdParams p) {
   const int64_t shares = int64_t{p.call.B} * p.call.tiles;
   const float* const of_head = p.sink_shares + blockIdx.x * shares;
@@ -129,8 +131,7 @@ __device__ __forceinline__ void write_rows(uint32_t shared, const HeadRows& rows
   const int unit = static_cast<int>(thread % P::kUnits);
   uint16_t* const to = static_cast<uint16_t*>(rows.data) + b * rows.stride_b + h * rows.stride_h;
 #pragma unroll 1
-  for (int row = static_cast<int>(thread / P::kUnits); row < min(kRows, left);
-       row += kThreads / P::kUnits) {
+  for (int row = static_cast<int>(thread / P::kUnits); row < min(kRows, left); row += kThreads / P::kUnits) {
 #pragma unroll
     for (int panel = 0; panel < P::kCount; ++panel) {
       const int column = panel * P::kWidth + 8 * unit;
@@ -215,9 +216,8 @@ __global__ void __launch_bounds__(backward_tile(kD, kPlain).threads())
   store_tile<kBlockM>(place_of_lane<kBlockM>(shared, Sums::first_row(warp), Sums::first_column(warp)), dq,
                       kType);
   __syncthreads();
-  write_rows<kD, kBlockM, Sums::kThreads>(shared, p.grad_query, head.b, head.h,
-                                                 head.first_query + head.m0, head.M - head.m0, p.call.D,
-                                                 p.aligned);
+  write_rows<kD, kBlockM, Sums::kThreads>(shared, p.grad_query, head.b, head.h, head.first_query + head.m0,
+                                          head.M - head.m0, p.call.D, p.aligned);
 }
 
 }  // namespace fastformer::cuda

@@ -1,5 +1,5 @@
-// From the tensors of an attention call to what its kernels are told, checked before anything is launched. What
-// only the device knows is not read: lengths and the bounds of packed sequences.
+// From the tensors of an attention call to what its kernels are told, checked before anything is launched.
+// What only the device knows is not read: lengths and the bounds of packed sequences.
 #pragma once
 
 #include <algorithm>
@@ -92,7 +92,8 @@ class AttentionCall {
       p.starts_q = starts_of(*arguments.cu_seqlens_q, "cu_seqlens_q");
       p.starts_k = starts_of(*arguments.cu_seqlens_k, "cu_seqlens_k");
       B = arguments.cu_seqlens_q->size(0) - 1;
-      STD_TORCH_CHECK(arguments.cu_seqlens_k->size(0) == B + 1, "cu_seqlens_q and cu_seqlens_k differ in length");
+      STD_TORCH_CHECK(arguments.cu_seqlens_k->size(0) == B + 1,
+                      "cu_seqlens_q and cu_seqlens_k differ in length");
       M = *arguments.max_seqlen_q;
       N = *arguments.max_seqlen_k;
     }
@@ -162,8 +163,9 @@ class AttentionCall {
     }
     if (const auto& row = arguments.relative_bias) {
       const int64_t entries = std::max<int64_t>(int64_t{p.M} + p.N - 1, 0);
-      STD_TORCH_CHECK(row->dim() == 2 && (row->size(0) == 1 || row->size(0) == p.H) && row->size(1) == entries,
-                      "relative_bias must be [H or 1, M + N - 1]");
+      STD_TORCH_CHECK(
+          row->dim() == 2 && (row->size(0) == 1 || row->size(0) == p.H) && row->size(1) == entries,
+          "relative_bias must be [H or 1, M + N - 1]");
       p.relative_bias = kept(*row).const_data_ptr();
       p.relative_bias_dtype = dtype_of(*row, "relative_bias");
       p.relative_bias_stride_h = row->size(0) == 1 ? 0 : entries;

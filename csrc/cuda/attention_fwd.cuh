@@ -98,21 +98,36 @@ struct ForwardTile {
     if constexpr (!kPlain) next_real.find(p, head, n0 + kBlockN);
     copy_block(keys, kPlaceOfK, left - kBlockN, next_real);
 
-    const int i0 = head.m0 + warp_row;
-    if constexpr (!kPlain) {
-      if (p.logits) make_logits(p, head, i0, n0, scores);
-    }
-    if constexpr (kEdge) hide_outside(p, head, i0, n0, scores);
-    if constexpr (!kPlain) {
-      const bool has_masks =
-          p.mask.data != nullptr || p.padding.data != nullptr || p.key_mask.data != nullptr;
-      if (has_masks) hide_masked(p, head, real, i0, n0, scores);
-    }
+    modify<kEdge>(scores);
     fold_scores<!kPlain>(p.factor, state, scores, out);
     if constexpr (!kPlain) {
-      if (p.threshold > 0) drop(p, head, seed, i0, n0, scores);
+      if (p.threshold > 0) drop(p, head, seed, head.m0 + warp_row, n0, scores);
     }
     multiply_values<kType, kD>(v_address, scores, out);
+  }
+
+  // Bare products become logits, unless nothing but the scale lies between; what is hidden becomes -inf.
+  template <bool kEdge>
+  __device__ __forceinline__ void modify(float (&scores)[kRowTiles][kTiles][4]) const {
+    const int i0 = head.m0 + warp_row;
+    if constexpr (kPlain) {
+      if constexpr (kEdge) hide_outside(p, head, i0, n0, scores);
+    } else {
+      if (p.logits) scale_and_cap(p, scores);
+      if (p.bias_pairs) {
+        add_bias<true>(p, head, i0, n0, scores);
+      } else if (p.bias.data != nullptr) {
+        add_bias<false>(p, head, i0, n0, scores);
+      }
+      if (p.relative_bias != nullptr) add_relative_bias(p, head, i0, n0, scores);
+      if (n0 < blocks.full_begin || n0 >= blocks.full_end) hide_outside(p, head, i0, n0, scores);
+      if (p.padding.data != nullptr || p.key_mask.data != nullptr) hide_keys(real, scores);
+      if (p.mask_pairs) {
+        hide_masked<true>(p, head, i0, n0, scores);
+      } else if (p.mask.data != nullptr) {
+        hide_masked<false>(p, head, i0, n0, scores);
+      }
+    }
   }
 
   __device__ __forceinline__ void next_block() {
@@ -139,7 +154,8 @@ struct ForwardTile {
 
   // Writes the statistics of a row, and returns what its outputs are to be multiplied by.
   __device__ __forceinline__ float finish_row(int m, int r) const {
-    RowResult row = in_logits(state.max[m][r], state.sum[m][r], kPlain ? kLn2 : p.unit);
+    RowResult row =
+        in_logits(state.max[m][r], state.sum[m][r], kPlain ? kLn2 : p.unit, kPlain ? kLn2Low : 0.0f);
     float rescale = kPlain ? 1.0f : p.dropout_scale;
     if (p.sink != nullptr) rescale *= add_sink(row, load_element(p.sink, p.sink_dtype, head.h));
     const bool nothing = row.sum == 0.0f;
@@ -167,9 +183,9 @@ struct ForwardTile {
 #pragma unroll
         for (int n = 0; n < kD / 8; ++n) {
           const int panel = n / Panel<kD>::kUnits, unit = n % Panel<kD>::kUnits;
-          store_shared(place + panel * kBlockM * Panel<kD>::kPitch + place_in_panel<kD>(row, unit) +
-                           2 * lane_column(),
-                       pack_halves(out[m][n][2 * r] * rescale, out[m][n][2 * r + 1] * rescale, kType));
+          store_shared(
+              place + panel * kBlockM * Panel<kD>::kPitch + place_in_panel<kD>(row, unit) + 2 * lane_column(),
+              pack_halves(out[m][n][2 * r] * rescale, out[m][n][2 * r + 1] * rescale, kType));
         }
       }
     }
@@ -181,8 +197,7 @@ struct ForwardTile {
     using P = Panel<kD>;
     const int thread = static_cast<int>(threadIdx.x) % kWarp;
     const int unit = thread % P::kUnits, i0 = head.m0 + warp_row;
-    for (int row = thread / P::kUnits; row < 16 * kRowTiles && i0 + row < head.M;
-         row += kWarp / P::kUnits) {
+    for (int row = thread / P::kUnits; row < 16 * kRowTiles && i0 + row < head.M; row += kWarp / P::kUnits) {
       uint16_t* const to = static_cast<uint16_t*>(p.out.data) + head.b * p.out.stride_b +
                            head.h * p.out.stride_h + (head.first_query + i0 + row) * p.out.stride_row;
 #pragma unroll
@@ -211,7 +226,8 @@ __global__ void __launch_bounds__(forward_tile(kD, kKind).threads(), forward_til
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   const int heads = static_cast<int>(blockIdx.x) / p.tiles;
   int tile = static_cast<int>(blockIdx.x) % p.tiles;
-  if (p.right < p.M) tile = p.tiles - 1 - tile;  // the longest rows first, so that none is left over at the end
+  if (p.right < p.M)
+    tile = p.tiles - 1 - tile;  // the longest rows first, so that none is left over at the end
   Head found = head_of(p, heads / p.H, heads % p.H, tile * Tile::kBlockM);
   if (found.m0 >= found.M) return;
   if constexpr (!Tile::kPlain) {

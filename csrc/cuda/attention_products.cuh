@@ -1,6 +1,6 @@
-// A warp's products of tiles in shared memory, of any of the five forms that backward has. Tiles are panels of
-// 64 columns (see attention_tiles.cuh); what changes from load to load is a constant on top of an address, or
-// its exclusive or with one.
+// A warp's products of tiles in shared memory, of any of the five forms that backward has. Tiles are panels
+// of 64 columns (see attention_tiles.cuh); what changes from load to load is a constant on top of an address,
+// or its exclusive or with one.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -55,8 +55,7 @@ __device__ __forceinline__ void set_zero(float (&sum)[kRowTiles][kTiles][4]) {
 // sum += a b over kSteps times 16 of what both share. load_a(step, m, words) loads 16 rows of a, load_b(step,
 // pair, words) 16 columns of b, each one product ahead of its use.
 template <DType kType, int kSteps, int kRowTiles, int kTiles, typename LoadA, typename LoadB>
-__device__ __forceinline__ void add_products(float (&sum)[kRowTiles][kTiles][4], LoadA load_a,
-                                             LoadB load_b) {
+__device__ __forceinline__ void add_products(float (&sum)[kRowTiles][kTiles][4], LoadA load_a, LoadB load_b) {
   constexpr int kPairs = kTiles / 2;
   static_assert(kTiles % 2 == 0);
   uint32_t a[kRowTiles][4], b[2][4];
@@ -78,8 +77,8 @@ __device__ __forceinline__ void add_products(float (&sum)[kRowTiles][kTiles][4],
   }
 }
 
-// In the forms below an operand lies at a lane's address, as units_then_rows or rows_then_units give it, plus an
-// offset: a constant, so that tiles of one shape share the registers of the steps' addresses.
+// In the forms below an operand lies at a lane's address, as units_then_rows or rows_then_units give it, plus
+// an offset: a constant, so that tiles of one shape share the registers of the steps' addresses.
 
 // sum += a b^T: a [.., kD] of kRowsA rows and b [.., kD] of kRowsB rows, both read along their rows.
 template <DType kType, int kD, int kRowsA, int kRowsB, int kRowTiles, int kTiles>
@@ -87,11 +86,11 @@ __device__ __forceinline__ void add_rows_by_rows(uint32_t a_address, int a_offse
                                                  int b_offset, float (&sum)[kRowTiles][kTiles][4]) {
   add_products<kType, kD / 16>(
       sum,
-      [&](int s, int m, uint32_t(&words)[4]) {
+      [&](int s, int m, uint32_t (&words)[4]) {
         load_matrices(at_step(a_address, s % 4) + (a_offset + (s / 4 * kRowsA + 16 * m) * kPanelPitch),
                       words);
       },
-      [&](int s, int pair, uint32_t(&words)[4]) {
+      [&](int s, int pair, uint32_t (&words)[4]) {
         load_matrices(at_step(b_address, s % 4) + (b_offset + (s / 4 * kRowsB + 16 * pair) * kPanelPitch),
                       words);
       });
@@ -104,11 +103,11 @@ __device__ __forceinline__ void add_rows_by_columns(uint32_t a_address, int a_of
   static_assert(kTiles <= 8);
   add_products<kType, kInner / 16>(
       sum,
-      [&](int s, int m, uint32_t(&words)[4]) {
+      [&](int s, int m, uint32_t (&words)[4]) {
         load_matrices(at_step(a_address, s % 4) + (a_offset + (s / 4 * kRowsA + 16 * m) * kPanelPitch),
                       words);
       },
-      [&](int s, int pair, uint32_t(&words)[4]) {
+      [&](int s, int pair, uint32_t (&words)[4]) {
         load_matrices_transposed(at_step(b_address, pair) + 16 * s * kPanelPitch, words);
       });
 }
@@ -120,10 +119,10 @@ __device__ __forceinline__ void add_columns_by_columns(uint32_t a_address, int a
   static_assert(kTiles <= 8 && kRowTiles <= 4);
   add_products<kType, kInner / 16>(
       sum,
-      [&](int s, int m, uint32_t(&words)[4]) {
+      [&](int s, int m, uint32_t (&words)[4]) {
         load_matrices_transposed(at_step(a_address, m) + (a_offset + 16 * s * kPanelPitch), words);
       },
-      [&](int s, int pair, uint32_t(&words)[4]) {
+      [&](int s, int pair, uint32_t (&words)[4]) {
         load_matrices_transposed(at_step(b_address, pair) + (b_offset + 16 * s * kPanelPitch), words);
       });
 }

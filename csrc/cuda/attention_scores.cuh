@@ -142,33 +142,50 @@ __device__ __forceinline__ void hide_outside(const AttentionFwdParams& p, const 
   }
 }
 
-// -inf where a key is not real, or where the mask hides it from the query. After `hide_outside`: what that
-// hid is not read.
+// -inf where a key is not real.
 template <int kRowTiles, int kTiles>
-__device__ __forceinline__ void hide_masked(const AttentionFwdParams& p, const Head& head,
-                                            const RealKeys& real, int i0, int n0,
-                                            float (&scores)[kRowTiles][kTiles][4]) {
+__device__ __forceinline__ void hide_keys(const RealKeys& real, float (&scores)[kRowTiles][kTiles][4]) {
   static_assert(kTiles <= 8, "a tile of keys has 64 bits");
-  const bool masked = p.mask.data != nullptr;
-  const uint64_t lane_bits = real.bits >> lane_column();
+  const uint64_t bits = real.bits >> lane_column();
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const bool seen = bits >> (8 * n + e) & 1;
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          scores[m][n][2 * r + e] = seen ? scores[m][n][2 * r + e] : kMinusInfinity;
+        }
+      }
+    }
+  }
+}
+
+// -inf where the mask hides a key from the query. kPairs: a lane's two columns are read as one word.
+template <bool kPairs, int kRowTiles, int kTiles>
+__device__ __forceinline__ void hide_masked(const AttentionFwdParams& p, const Head& head, int i0, int n0,
+                                            float (&scores)[kRowTiles][kTiles][4]) {
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int i = i0 + 16 * m + 8 * r + lane_row();
-      const KeyRange keys = keys_of_row(p, head, i < head.M ? i : head.M - 1);
       const uint8_t* const row = score_row(p.mask, head) + i * p.mask.stride_m;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int j = n0 + 8 * n + lane_column() + e;
-          bool seen = lane_bits >> (8 * n + e) & 1;
-          if (masked && seen && i < head.M && j >= keys.begin && j < keys.end) {
-            seen = row[j * p.mask.stride_n] != 0;
-          }
-          scores[m][n][2 * r + e] = seen ? scores[m][n][2 * r + e] : kMinusInfinity;
+        const int j = n0 + 8 * n + lane_column();
+        uint32_t pair = 0xffff;
+        if constexpr (kPairs) {
+          if (i < head.M && j < head.N) pair = *reinterpret_cast<const uint16_t*>(row + j);
+        } else {
+          if (i < head.M && j < head.N) pair = row[j * p.mask.stride_n];
+          if (i < head.M && j + 1 < head.N) pair |= row[(j + 1) * p.mask.stride_n] << 8;
         }
+        float (&tile)[4] = scores[m][n];
+        tile[2 * r] = (pair & 0xff) != 0 ? tile[2 * r] : kMinusInfinity;
+        tile[2 * r + 1] = pair >> 8 != 0 ? tile[2 * r + 1] : kMinusInfinity;
       }
     }
   }
@@ -187,36 +204,83 @@ __device__ __forceinline__ float tanh_approximate(float z) {
   return magnitude < 0.625f ? fmaf(series * square, z, z) : copysignf(large, z);  // NaN: large
 }
 
-// Products to logits: scale, cap, biases.
+// Products to capped logits.
 template <int kRowTiles, int kTiles>
-__device__ __forceinline__ void make_logits(const AttentionFwdParams& p, const Head& head, int i0, int n0,
-                                            float (&scores)[kRowTiles][kTiles][4]) {
-  const float capped_scale = p.scale / (p.softcap != 0.0f ? p.softcap : 1.0f);
-  const int bias_size = p.bias.dtype == DType::kFloat32 ? 4 : 2;
-  const int relative_size = p.relative_bias_dtype == DType::kFloat32 ? 4 : 2;
+__device__ __forceinline__ void scale_and_cap(const AttentionFwdParams& p,
+                                              float (&scores)[kRowTiles][kTiles][4]) {
+  const float scale = p.softcap != 0.0f ? p.scale / p.softcap : p.scale;
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        scores[m][n][c] *= scale;
+        if (p.softcap != 0.0f) scores[m][n][c] = tanh_approximate(scores[m][n][c]) * p.softcap;
+      }
+    }
+  }
+}
+
+// Columns `column` and the next, which lie on a multiple of their size.
+__device__ __forceinline__ float2 load_pair(const char* row, DType dtype, int column) {
+  if (dtype == DType::kFloat32) return *reinterpret_cast<const float2*>(row + 4 * column);
+  const uint32_t word = *reinterpret_cast<const uint32_t*>(row + 2 * column);
+  return {unpack_half(word, 0, dtype), unpack_half(word, 1, dtype)};
+}
+
+// kPairs: as hide_masked.
+template <bool kPairs, int kRowTiles, int kTiles>
+__device__ __forceinline__ void add_bias(const AttentionFwdParams& p, const Head& head, int i0, int n0,
+                                         float (&scores)[kRowTiles][kTiles][4]) {
+  const int size = p.bias.dtype == DType::kFloat32 ? 4 : 2;
+  const char* const matrix =
+      static_cast<const char*>(p.bias.data) + size * (head.b * p.bias.stride_b + head.h * p.bias.stride_h);
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int i = i0 + 16 * m + 8 * r + lane_row();
-      const char* const bias = static_cast<const char*>(p.bias.data) +
-                               bias_size * (head.b * p.bias.stride_b + head.h * p.bias.stride_h +
-                                            i * p.bias.stride_m);
-      const char* const relative = static_cast<const char*>(p.relative_bias) +
-                                   relative_size * (head.h * p.relative_bias_stride_h + p.M - 1 - i);
+      const char* const row = matrix + size * (i * p.bias.stride_m);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const int j = n0 + 8 * n + lane_column();
+        float (&tile)[4] = scores[m][n];
+        if constexpr (kPairs) {
+          if (i >= head.M || j >= head.N) continue;
+          const float2 pair = load_pair(row, p.bias.dtype, j);
+          tile[2 * r] += pair.x;
+          tile[2 * r + 1] += pair.y;
+        } else {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            if (i >= head.M || j + e >= head.N) continue;
+            tile[2 * r + e] += load_element(row, p.bias.dtype, (j + e) * p.bias.stride_n);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <int kRowTiles, int kTiles>
+__device__ __forceinline__ void add_relative_bias(const AttentionFwdParams& p, const Head& head, int i0,
+                                                  int n0, float (&scores)[kRowTiles][kTiles][4]) {
+  const int size = p.relative_bias_dtype == DType::kFloat32 ? 4 : 2;
+  const char* const row =
+      static_cast<const char*>(p.relative_bias) + size * (head.h * p.relative_bias_stride_h);
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int i = i0 + 16 * m + 8 * r + lane_row();
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          float& score = scores[m][n][2 * r + e];
           const int j = n0 + 8 * n + lane_column() + e;
-          const bool inside = i < head.M && j < head.N;
-          score *= capped_scale;
-          if (p.softcap != 0.0f) score = tanh_approximate(score) * p.softcap;
-          if (p.bias.data != nullptr && inside) score += load_element(bias, p.bias.dtype, j * p.bias.stride_n);
-          if (p.relative_bias != nullptr && inside) {
-            score += load_element(relative, p.relative_bias_dtype, j);
-          }
+          if (i >= head.M || j >= head.N) continue;
+          scores[m][n][2 * r + e] += load_element(row, p.relative_bias_dtype, j - i + p.M - 1);
         }
       }
     }
@@ -239,7 +303,7 @@ __device__ __forceinline__ void drop(const AttentionFwdParams& p, const Head& he
         const PhiloxWords decisions = philox4x32_7(seed, call, i, head.stream, 0);
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-          float(&tile)[4] = weights[m][four + w];
+          float (&tile)[4] = weights[m][four + w];
           if ((decisions.w[w] & 0xffffu) < p.threshold) tile[2 * r] = 0.0f;
           if (decisions.w[w] >> 16 < p.threshold) tile[2 * r + 1] = 0.0f;
         }

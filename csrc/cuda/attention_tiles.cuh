@@ -55,7 +55,8 @@ struct RowCopier {
   using P = Panel<kD>;
   static constexpr int kStep = kThreads / P::kUnits;
 
-  const uint16_t* from;  // the thread's unit in its first row of the tile that comes next: every copy moves on
+  const uint16_t*
+      from;  // the thread's unit in its first row of the tile that comes next: every copy moves on
   int64_t stride;
   int width;  // columns that there are
 
@@ -129,7 +130,8 @@ __device__ __forceinline__ void multiply_keys(uint32_t q_address, uint32_t k_add
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) scores[m][n][0] = scores[m][n][1] = scores[m][n][2] = scores[m][n][3] = 0;
+    for (int n = 0; n < kTiles; ++n)
+      scores[m][n][0] = scores[m][n][1] = scores[m][n][2] = scores[m][n][3] = 0;
   }
   // Each load is issued one product ahead of its use.
   constexpr int kPairs = kTiles / 2, kSteps = kD / 16;
@@ -137,13 +139,13 @@ __device__ __forceinline__ void multiply_keys(uint32_t q_address, uint32_t k_add
   const auto load_q = [&](int s) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
-      load_matrices(at_step(q_address, s % P::kSteps) + (s / P::kSteps * kRowsQ + 16 * m) * P::kPitch,
-                    q[m]);
+      load_matrices(at_step(q_address, s % P::kSteps) + (s / P::kSteps * kRowsQ + 16 * m) * P::kPitch, q[m]);
     }
   };
   const auto load_k = [&](int i) {
     const int s = i / kPairs, n = i % kPairs;
-    load_matrices(at_step(k_address, s % P::kSteps) + (s / P::kSteps * kPairs + n) * 16 * P::kPitch, k[i % 2]);
+    load_matrices(at_step(k_address, s % P::kSteps) + (s / P::kSteps * kPairs + n) * 16 * P::kPitch,
+                  k[i % 2]);
   };
   load_k(0);
 #pragma unroll
@@ -173,9 +175,9 @@ __device__ __forceinline__ void multiply_values(uint32_t v_address,
   uint32_t a[kRowTiles][4], v[2][4];
   const auto load_v = [&](int i) {
     const int n = i / kColumns, column = i % kColumns;
-    load_matrices_transposed(at_step(v_address, column % P::kSteps) +
-                                 (column / P::kSteps * kPairs + n) * 16 * P::kPitch,
-                             v[i % 2]);
+    load_matrices_transposed(
+        at_step(v_address, column % P::kSteps) + (column / P::kSteps * kPairs + n) * 16 * P::kPitch,
+        v[i % 2]);
   };
   load_v(0);
 #pragma unroll
@@ -184,7 +186,7 @@ __device__ __forceinline__ void multiply_values(uint32_t v_address,
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float(&w)[4] = weights[m][2 * n + half];
+        const float (&w)[4] = weights[m][2 * n + half];
         a[m][2 * half] = pack_halves(w[0], w[1], kType);
         a[m][2 * half + 1] = pack_halves(w[2], w[3], kType);
       }

@@ -106,7 +106,7 @@ FourTensors attention_fwd(FASTFORMER_ATTENTION_PARAMETERS) {
   p.row_sum = static_cast<float*>(row_sum.mutable_data_ptr());
   p.stats_stride_b = call.packed() ? 0 : lse.stride(0);
   p.stats_stride_h = lse.stride(call.packed() ? 0 : 1);
-  const AttentionPlan plan = plan_attention_fwd(p);
+  const AttentionPlan plan = plan_attention_fwd(p, device.major());
   STD_TORCH_CHECK(int64_t{p.tiles} * p.H * p.B < int64_t{1} << 31,
                   "attention of 2**31 tiles of queries or more is not served by cuda");
   const cudaError_t error = launch(plan, p, device.stream());

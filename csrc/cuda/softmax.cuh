@@ -9,6 +9,7 @@ namespace fastformer::cuda {
 
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.693147180559945309417f;
+constexpr float kLn2Low = -1.90465429995776804525e-9f;  // what its rounding to float32 lost
 constexpr float kMinusInfinity = -__builtin_inff();
 // Where every row's maximum begins: a number, and no larger than any other, so that the difference from a
 // hidden score is -inf and never NaN. A row whose sum stays 0 has seen nothing.
@@ -98,11 +99,11 @@ struct RowResult {
   float max, sum;
 };
 
-// `unit` is what one of the state's maximum counts in logits. The maximum is rounded, and the sum makes up
-// for it.
-__device__ __forceinline__ RowResult in_logits(float max, float sum, float unit) {
+// `unit` + `unit_low` is what one of the state's maximum counts in logits. The maximum is rounded, and the
+// sum makes up for it.
+__device__ __forceinline__ RowResult in_logits(float max, float sum, float unit, float unit_low) {
   const float logits = max * unit;
-  const float rounding = fmaf(max, unit, -logits);
+  const float rounding = fmaf(max, unit_low, fmaf(max, unit, -logits));
   return sum == 0.0f ? RowResult{kMinusInfinity, 0.0f} : RowResult{logits, sum * (1.0f + rounding)};
 }
 

@@ -16,6 +16,7 @@ from .structures import CSRC, DTYPES, HERE, plans, poisoned, struct_argument, st
 HeadRows = structure("shapes.h", "HeadRows")
 ScoreMatrix = structure("shapes.h", "ScoreMatrix")
 AttentionFwdParams = structure("cuda/attention_plan.h", "AttentionFwdParams")
+AttentionTile = structure("cuda/attention_plan.h", "AttentionTile")
 AttentionPlan = structure("cuda/attention_plan.h", "AttentionPlan")
 
 
@@ -149,7 +150,7 @@ class AttentionEmulator:
 
     def _launch(self, dtype):
         plan = AttentionPlan()
-        plans().plan_attention(ctypes.byref(self.params), ctypes.byref(plan))
+        plans().plan_attention(ctypes.byref(self.params), int(self.arch) // 10, ctypes.byref(plan))
         instance = kernel(dtype, plan, self.arch)
         counters = instance.launch(
             plan.grid,

@@ -16,9 +16,24 @@ void plan_fwd(NormFwdParams* p, NormPlan* plan) { *plan = plan_norm_fwd(*p); }
 void plan_bwd(NormBwdParams* p, int32_t multiprocessors, bool need_parameters, NormBwdPlan* plan) {
   *plan = plan_norm_bwd(*p, multiprocessors, need_parameters);
 }
-void plan_attention(AttentionFwdParams* p, AttentionPlan* plan) { *plan = plan_attention_fwd(*p); }
+void plan_attention(AttentionFwdParams* p, int32_t major, AttentionPlan* plan) {
+  *plan = plan_attention_fwd(*p, major);
+}
+bool attention_is_chosen(int32_t block_d, int32_t kind, int32_t major) {
+  return is_chosen(block_d, static_cast<AttentionKind>(kind), major);
+}
+// Of an instantiation; returns its bytes of shared memory.
+int32_t attention_tile(int32_t block_d, int32_t kind, AttentionTile* tile) {
+  *tile = forward_tile(block_d, static_cast<AttentionKind>(kind));
+  return tile->shared_bytes(block_d);
+}
 void plan_attention_backward(AttentionBwdParams* p, int64_t total_queries, int64_t most_shared,
                              AttentionBwdPlan* plan) {
   *plan = plan_attention_bwd(*p, total_queries, most_shared);
+}
+// Of an instantiation; returns its bytes of shared memory.
+int32_t attention_backward_tile(int32_t block_d, bool plain, BackwardTile* tile) {
+  *tile = backward_tile(block_d, plain);
+  return tile->shared_bytes(block_d);
 }
 }

@@ -37,7 +37,7 @@ def structure(header, name):
     been read before."""
     body = re.search(rf"struct {name} {{\n(.*?)\n}};", (CSRC / header).read_text(), re.DOTALL)[1]
     fields = []
-    for declaration in re.findall(r"^\s*([^/\n]+);", body, re.MULTILINE):
+    for declaration in re.findall(r"^\s*([^(/\n]+);", body, re.MULTILINE):
         plain = re.sub(r"\s*=\s*[^,]+", "", declaration.strip())
         type_name, names = re.fullmatch(r"(.*?[ *]) *([\w, ]+)", plain).groups()
         kind = ctypes.c_void_p if "*" in type_name else SCALARS.get(type_name.strip(), ctypes.c_int32)
@@ -85,6 +85,7 @@ def plans():
             fresh.replace(library)
     loaded = ctypes.CDLL(str(library))
     loaded.kernel_name.restype = ctypes.c_char_p
+    loaded.attention_is_chosen.restype = ctypes.c_bool
     for name in ("NormFwdParams", "NormBwdParams", "AttentionFwdParams", "AttentionBwdParams"):
         if name in _structures:
             assert ctypes.sizeof(_structures[name]) == getattr(loaded, f"size_of_{name}")()

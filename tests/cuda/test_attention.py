@@ -1,6 +1,7 @@
 """CUDA attention, run from its PTX: right values for every argument, width, type and layout."""
 
 import itertools
+import math
 import re
 
 import hypothesis
@@ -95,13 +96,27 @@ def test_layouts(layout, D):
 
 def test_rows_are_read_in_place(attention_emulator):
     """Rows further apart than they are wide, in one tensor of query, key and value: nothing is copied."""
-    together = torch.randn(1, 70, 3, 2, 64, generator=torch.Generator().manual_seed(3)).to(BF16)
+    together = torch.randn(1, 90, 3, 2, 64, generator=torch.Generator().manual_seed(3)).to(BF16)
     rows = {
         name: t.transpose(1, 2) for name, t in zip(("query", "key", "value"), together.unbind(2), strict=True)
     }
     judge_here(rows)
     assert attention_emulator.tensors["query.data"].data_ptr() == together.data_ptr()
     assert attention_emulator.params.aligned and "KindE0EE" in attention_emulator.launched[0][0]
+
+
+@pytest.mark.parametrize(
+    "name, tensor",
+    [
+        ("mask", Draw(BF16).bools(2, 1, 40, 100)),
+        ("bias", Draw(BF16).floats(1, 2, 40, 100)),
+        ("bias", torch.linspace(-3, 3, 4000).view(1, 1, 40, 100)),
+    ],
+    ids=("mask", "bias", "float32 bias"),
+)
+def test_scores_read_two_columns_at_a_time(attention_emulator, name, tensor):
+    judge_here(attention_inputs(B=2, H=2, M=40, N=100, D=32, dtype=BF16) | {name: tensor})
+    assert getattr(attention_emulator.params, f"{name}_pairs")
 
 
 def dropout_of(p, *shape):
@@ -147,22 +162,27 @@ def test_hidden_keys_may_hold_anything(D):
         assert_same_bits(dict(enumerate(first)), dict(enumerate(second)))
 
 
-@pytest.mark.parametrize("softcap", (None, 3.0), ids=("products", "logits"))
-def test_statistics(softcap):
-    """What backward reads: the largest score and the sum of exp(score - largest), the sink included."""
+@pytest.mark.parametrize("scale, softcap", ((30.0, None), (0.2, 3.0)), ids=("products", "logits"))
+def test_statistics(scale, softcap):
+    """What backward reads: the largest score and the sum of exp(score - largest), the sink included. The sum
+    makes up for the rounding of the largest, which at products of whole numbers is all that there is."""
     query, key, value = (t.contiguous() for t in list(some_inputs(32, M=20, N=70).values())[:3])
+    if softcap is None:
+        query, key = (query * 2).round(), (key * 2).round()
     sink, lengths = torch.tensor([0.5, 3.0]), torch.tensor([55])
     tensors = (query, key, value, None, None, lengths, None, None, sink, None, None, None)
-    spec = (0.2, None, 0, True, softcap, 0.0, None, None)
+    spec = (scale, None, 0, True, softcap, 0.0, None, None)
     _, lse, largest, total = torch.ops.fastformer.attention_fwd_cuda(*tensors, *spec)
-    scores = 0.2 * query.double() @ key.double().transpose(-1, -2)
+    # Where one multiply-add makes an exponent of 2 of a product, it is the factor in there that is rounded.
+    factor = (torch.tensor(scale) * math.log2(math.e)).double() * math.log(2)
+    scores = (scale if softcap else factor) * (query.double() @ key.double().transpose(-1, -2))
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     i, j = torch.arange(20)[:, None], torch.arange(70)
     scores = scores.masked_fill((j > i + 50) | (j >= 55), -torch.inf)
     scores = torch.cat([scores, sink.double().view(1, 2, 1, 1).expand(1, 2, 20, 1)], -1)
     torch.testing.assert_close(largest.double(), scores.amax(-1), rtol=1e-6, atol=1e-6)
-    sums = (scores - scores.amax(-1, keepdim=True)).exp().sum(-1)
+    sums = (scores - largest.double()[..., None]).exp().sum(-1)
     torch.testing.assert_close(total.double(), sums, rtol=4e-6, atol=0)
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-6, atol=2e-6)
 

@@ -10,6 +10,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 import fastformer
 from fastformer import dispatch
@@ -18,6 +19,7 @@ from fastformer.specs import AttentionSpec, NormSpec
 from tests.ptxvm import nvcc
 
 from .emulated import NormBwdParams, NormBwdPlan, NormFwdParams, NormPlan
+from .emulated_attention import AttentionFwdParams, AttentionPlan, AttentionTile, HeadRows
 from .structures import CSRC, plans
 
 SPEC = NormSpec("layer", 1e-5)
@@ -167,6 +169,42 @@ def test_attention_goes_to_the_faster_kernel(machine, capability, first):
     assert dispatch.choose("attention_bwd", spec, tensors, "auto") is triton
     machine.setattr(triton, "why_not", lambda op, spec, tensors: "it is not installed")
     assert dispatch.choose("attention_fwd", spec, tensors, "auto") is cuda
+
+
+def test_giving_way_is_explained(machine):
+    machine.setattr(dispatch, "_CONFIGURATION", {})  # fake tensors have no data pointers
+    machine.setattr(triton, "why_not", lambda op, spec, tensors: None)
+    with FakeTensorMode():
+        query = torch.empty(2, 4, 64, 32, device="cuda", dtype=torch.bfloat16)
+        explanation = fastformer.explain(fastformer.attention, query, query, query)
+    assert explanation.backend == "triton"
+    assert explanation.notes == ("cuda serves attention_fwd too, and gives way to triton on this device",)
+
+
+@hypothesis.given(
+    D=st.integers(1, 256),
+    D_v=st.integers(1, 256),
+    M=st.integers(1, 5000),
+    N=st.integers(0, 5000),
+    major=st.sampled_from((8, 9, 10, 12)),
+)
+@hypothesis.settings(max_examples=200)
+def test_attention_plans_cover_every_query(ptx_cache, D, D_v, M, N, major):
+    rows = HeadRows(4096, 0, 0, 256)
+    p = AttentionFwdParams(
+        query=rows, key=rows, value=rows, out=rows, B=2, H=3, M=M, N=N, D=D, D_v=D_v, scale=0.1
+    )
+    plan, tile = AttentionPlan(), AttentionTile()
+    plans().plan_attention(ctypes.byref(p), major, ctypes.byref(plan))
+    shared = plans().attention_tile(plan.block_d, plan.kind, ctypes.byref(tile))
+    assert plan.block_d >= max(D, D_v) and plan.shared_bytes == shared <= 96 << 10
+    block_m = 16 * tile.row_tiles * tile.warps
+    assert p.tiles * block_m >= M > (p.tiles - 1) * block_m and plan.grid == 6 * p.tiles
+    assert plan.threads == 32 * tile.warps
+    assert plans().attention_is_chosen(plan.block_d, plan.kind, major)
+    assert (plan.kind == 2) is (D % 8 != 0 or D_v % 8 != 0)
+    if plan.kind == 0:
+        assert D == D_v == plan.block_d
 
 
 ROWS = st.integers(1, 100_000)

@@ -9,6 +9,16 @@ from typing import Any, NamedTuple
 class Case(NamedTuple):
     op: str  # one direction of an operator: "norm_fwd"
     name: str  # unique among the operator's
-    call: Callable[[], Any]  # runs the launcher on tensors without memory
+    call: Callable[[], Any]  # runs the launcher on tensors without memory; of CUDA C++, see `compiled`
     # The head dim that limits.py is asked about; None where only the spill gate binds.
     gated_dim: int | None = None
+    compiled: bool = False  # `call` takes the target and gives a Compiled: nothing is launched
+
+
+class Compiled(NamedTuple):
+    """A kernel that nvcc compiled."""
+
+    kernel: str
+    tile: str
+    cubin: bytes
+    dynamic_shared: int  # bytes a block, beside those that the cubin tells of

@@ -11,7 +11,11 @@ from .readings import Reading
 
 # Bytes a thread that a configuration may spill: none, but where configs.py tells a measured reason.
 MOST_SPILLED = 0
-EXCUSED_SPILLS: dict[tuple[str, str], int] = {}
+EXCUSED_SPILLS: dict[tuple[str, str], int] = {
+    # CUDA C++ at D = 128, on sm_90 and sm_100: two scalars that every block of keys reads once. With 16 queries
+    # a warp nothing spills, and on sm_90 w1 falls from .37 to .30.
+    ("attention_fwd", "block_d=128 row_tiles=2 warps=4 block_n=64 blocks=2"): 8,
+}
 
 
 class Limits(NamedTuple):
@@ -26,6 +30,8 @@ LIMITS = {
     ("attention_fwd", "sm_90", 128): Limits(most_nt=2.1, least_w1=0.70),
     ("attention_fwd", "sm_90", 64): Limits(least_w1=0.45),
     ("attention_fwd", "sm_80", 64): Limits(most_nt=3.6, least_w1=0.60),
+    ("attention_fwd_cuda", "sm_80", 128): Limits(most_nt=2.6, least_w1=0.60),
+    ("attention_fwd_cuda", "sm_80", 64): Limits(most_nt=3.6, least_w1=0.60),
     ("attention_bwd", "sm_80", 128): Limits(most_nt=1.8),
 }
 
@@ -66,9 +72,12 @@ ANCHORS = {
     ("attention_bwd", "sm_90", 64): [Anchor("FlashAttention-3", "0", 2.1, 0.60, 0.67)],
 }
 
+for _width in (64, 128):
+    ANCHORS["attention_fwd_cuda", "sm_80", _width] = ANCHORS["attention_fwd", "sm_80", _width]
+
 # Products of matrices that an operator's meaning asks for, for each pair of a query and a key; and those that
 # each kernel's hot loop runs, recomputed ones too.
-USEFUL_PRODUCTS = {"attention_fwd": 2, "attention_bwd": 5}
+USEFUL_PRODUCTS = {"attention_fwd": 2, "attention_fwd_cuda": 2, "attention_bwd": 5}
 RUN_PRODUCTS = {"attention_fwd": 2, "key_gradients": 4, "query_gradients": 3}
 
 
