@@ -26,7 +26,7 @@ template <DType kType, int kD, bool kPlain>
 struct BackwardPass {
   static constexpr BackwardTile kTile = backward_tile(kD, kPlain);
   static constexpr int kBlockM = kTile.block_m, kBlockN = kTile.block_n, kThreads = kTile.threads();
-  static constexpr int kWarps = BackwardTile::kWarps, kStages = kTile.stages;
+  static constexpr int kWarps = kBackwardWarps, kStages = kTile.stages;
   // Of scores, a warp's [16 kRowTiles, 8 kTiles] of [kBlockM, kBlockN].
   static constexpr int kScoreRows = kTile.score_rows, kRowTiles = kBlockM / 16 / kScoreRows;
   static constexpr int kTiles = kBlockN / 8 / (kWarps / kScoreRows);
@@ -34,6 +34,7 @@ struct BackwardPass {
   static constexpr int kKeyRows = kTile.key_rows, kKeyRowTiles = kBlockN / 16 / kKeyRows;
   static constexpr int kKeyTiles = kD / 8 / (kWarps / kKeyRows);
   using Sums = QuerySums<kD, kPlain>;
+  static constexpr int kPart = kD > 128 ? Sums::kTiles / 4 : Sums::kTiles;  // of dQ, at a time
   // Bytes from K's place in shared memory. A stage is Q and dO.
   static constexpr int kPlaceOfV = 2 * kBlockN * kD, kPlaceOfQ = 2 * kPlaceOfV;
   static constexpr int kGradOut = 2 * kBlockM * kD, kStage = 2 * kGradOut;
@@ -321,14 +322,19 @@ struct BackwardPass {
     const uint32_t thread = forgotten(threadIdx.x);
     float* const sums = queries.sums + int64_t{kBlockM * kD} * tile + Sums::place_of_thread(thread);
     const int before = keys.number - first_key_tile<kBlockN>(call, head, tile * kBlockM);
-    float dq[Sums::kRowTiles][Sums::kTiles][4];
+    float dq[Sums::kRowTiles][kPart][4];
     while (load_acquire(turn) < before) continue;
-    Sums::load(before > 0 ? sums : p.zeros + Sums::place_of_thread(thread % kWarp), dq);
+    const float* const so_far = before > 0 ? sums : p.zeros + Sums::place_of_thread(thread % kWarp);
+    Sums::load(so_far, dq);
     add_columns_by_columns<kType, kBlockM>(weights, kPlaceOfP, rows, kPlaceOfQ + kGradOut, dv);
     const uint32_t grads = units_then_rows<kD>(shared) + Sums::first_row(warp) * kPanelPitch;
     const uint32_t columns = at_column<kBlockN>(units_then_rows<kD>(shared), Sums::first_column(warp));
-    add_rows_by_columns<kType, kBlockN, kBlockM>(grads, kPlaceOfP + kScores, columns, dq);
-    Sums::store(sums, dq);
+#pragma unroll
+    for (int first = 0; first < Sums::kTiles; first += kPart) {
+      if (first > 0) Sums::load(so_far + first * Sums::kStep, dq);
+      add_rows_by_columns<kType, kBlockN, kBlockM>(grads, kPlaceOfP + kScores, columns ^ 16 * first, dq);
+      Sums::store(sums + first * Sums::kStep, dq);
+    }
     add_columns_by_columns<kType, kBlockM>(weights, kPlaceOfP + kScores, rows, kPlaceOfQ, dk);
     __syncwarp();
     if (threadIdx.x % kWarp == 0) store_release(turn, before + 1);

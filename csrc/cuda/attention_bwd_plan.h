@@ -35,6 +35,11 @@ struct AttentionBwdParams {
   int32_t aligned;    // rows of out, grad_out and of the gradients come in whole aligned units too
 };
 
+constexpr int kBackwardWarps = 8;  // of a block
+
+// Bytes that the pass over keys takes beside its tiles, at most.
+constexpr int kStaticShared = 1024;
+
 // How one instantiation divides its work. The warps stand in a grid over each product's result: over scores
 // [block_m, block_n], dK and dV [block_n, block_d], and dQ [block_m, block_d].
 struct BackwardTile {
@@ -46,8 +51,7 @@ struct BackwardTile {
   int stages;      // of Q and dO
   int blocks;      // that shall share an SM
 
-  static constexpr int kWarps = 8;
-  constexpr int threads() const { return 32 * kWarps; }
+  constexpr int threads() const { return 32 * kBackwardWarps; }
   // K and V; Q and dO of each stage; P and dS.
   constexpr int shared_bytes(int block_d) const {
     return 4 * block_d * block_n + stages * 4 * block_d * block_m + 4 * block_m * block_n;
@@ -60,6 +64,12 @@ constexpr BackwardTile backward_tile(int block_d, bool plain) {
   if (!plain || block_d > 128) return {64, 64, 4, 2, 2, 1, 1};
   if (block_d > 64) return {64, 128, 2, 4, 2, 2, 1};
   return {128, 128, 4, 4, 4, 2, 1};
+}
+
+// Whether calls with nothing but ranges of hidden keys have an instantiation of their own: up to D = 128,
+// where a block may have its shared memory.
+constexpr bool is_plain_chosen(int block_d, int64_t most_shared) {
+  return block_d <= 128 && backward_tile(block_d, true).shared_bytes(block_d) + kStaticShared <= most_shared;
 }
 
 constexpr int kBackwardHeadWidths[] = {64, 128, 256};
@@ -95,16 +105,14 @@ inline AttentionBwdPlan plan_attention_bwd(AttentionBwdParams& p, int64_t total_
   }
   constexpr int64_t kMostStride = int64_t{1} << 30;  // bytes of a stride, and of a step of them, fit 32 bits
   const bool near = call.query.stride_row < kMostStride / 32 && p.grad_out.stride_row < kMostStride / 32;
-  plan.plain = p.aligned && near && !call.logits && !masked && call.threshold == 0;
-  if (plan.plain && backward_tile(plan.block_d, true).shared_bytes(plan.block_d) > most_shared) {
-    plan.plain = false;
-  }
+  plan.plain = is_plain_chosen(plan.block_d, most_shared) && p.aligned && near && !call.logits && !masked &&
+               call.threshold == 0;
   const BackwardTile tile = backward_tile(plan.block_d, plan.plain);
   plan.shared_bytes = tile.shared_bytes(plan.block_d);
   plan.query_shared_bytes = 2 * plan.block_d * tile.block_m;
   plan.threads = tile.threads();
   plan.block_m = tile.block_m;
-  if (plan.shared_bytes > most_shared) plan.block_d = 0;
+  if (plan.shared_bytes + kStaticShared > most_shared) plan.block_d = 0;
   call.tiles = (call.M + tile.block_m - 1) / tile.block_m;
   p.key_tiles = (call.N + tile.block_n - 1) / tile.block_n;
   p.slots = call.starts_q == nullptr ? call.B * call.tiles

@@ -80,7 +80,7 @@ __device__ __forceinline__ float write_row(const AttentionBwdParams& p, const He
 
 // A tile of queries a block: pivots and factors of its rows, turns set to 0, and `zeros` zeros.
 template <DType kType>
-__global__ void __launch_bounds__(BackwardTile::kWarps* kWarp)
+__global__ void __launch_bounds__(kBackwardWarps* kWarp)
     attention_bwd_rows_kernel(const __grid_constant__ AttentionBwdParams p, int block_m, int zeros) {
   Head head = head_of_block(p.call, block_m);
   const int tile = head.m0 / block_m;
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(BackwardTile::kWarps* kWarp)
   if (head.m0 < head.M) {
     if (p.call.padding.data != nullptr || p.call.key_mask.data != nullptr) find_real_range(p.call, head);
     const int64_t slot = slot_of_tile(p, head, tile, block_m);
-    if (threadIdx.x < BackwardTile::kWarps) p.turns[slot * BackwardTile::kWarps + threadIdx.x] = 0;
-    for (int row = static_cast<int>(threadIdx.x) / 8; row < block_m; row += BackwardTile::kWarps * 4) {
+    if (threadIdx.x < kBackwardWarps) p.turns[slot * kBackwardWarps + threadIdx.x] = 0;
+    for (int row = static_cast<int>(threadIdx.x) / 8; row < block_m; row += kBackwardWarps * 4) {
       const int i = head.m0 + row;
       const int64_t entry = slot * block_m + row;
       const float delta = warp_sum(i < head.M ? share_of_delta<kType>(p, head, i) : 0.0f, 8);
@@ -155,7 +155,7 @@ template <int kD, bool kPlain>
 struct QuerySums {
   static constexpr BackwardTile kTile = backward_tile(kD, kPlain);
   static constexpr int kThreads = kTile.threads();
-  static constexpr int kRows = kTile.query_rows, kColumns = BackwardTile::kWarps / kRows;
+  static constexpr int kRows = kTile.query_rows, kColumns = kBackwardWarps / kRows;
   static constexpr int kRowTiles = kTile.block_m / 16 / kRows, kTiles = kD / 8 / kColumns;
   static constexpr int kLaneStride = 4, kStep = 4 * kWarp;  // from lane to lane; from 16 x 8 to 16 x 8
 
@@ -166,19 +166,22 @@ struct QuerySums {
   static __device__ __forceinline__ int first_row(int warp) { return warp % kRows * 16 * kRowTiles; }
   static __device__ __forceinline__ int first_column(int warp) { return warp / kRows * 8 * kTiles; }
 
-  static __device__ __forceinline__ void load(const float* at, float (&sums)[kRowTiles][kTiles][4]) {
+  // All of a lane's, or kPart of each kTiles.
+  template <int kPart>
+  static __device__ __forceinline__ void load(const float* at, float (&sums)[kRowTiles][kPart][4]) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) load_past_l1(at + (m * kTiles + n) * kStep, sums[m][n]);
+      for (int n = 0; n < kPart; ++n) load_past_l1(at + (m * kTiles + n) * kStep, sums[m][n]);
     }
   }
 
-  static __device__ __forceinline__ void store(float* at, const float (&sums)[kRowTiles][kTiles][4]) {
+  template <int kPart>
+  static __device__ __forceinline__ void store(float* at, const float (&sums)[kRowTiles][kPart][4]) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) store_past_l1(at + (m * kTiles + n) * kStep, sums[m][n]);
+      for (int n = 0; n < kPart; ++n) store_past_l1(at + (m * kTiles + n) * kStep, sums[m][n]);
     }
   }
 };
@@ -209,7 +212,7 @@ __global__ void __launch_bounds__(backward_tile(kD, kPlain).threads())
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   float dq[Sums::kRowTiles][Sums::kTiles][4];
   set_zero(dq);
-  if (p.turns[slot * BackwardTile::kWarps + warp] > 0) {
+  if (p.turns[slot * kBackwardWarps + warp] > 0) {
     Sums::load(p.sums + slot * (kBlockM * kD) + Sums::place_of_thread(threadIdx.x), dq);
   }
   scale_all(dq, p.call.scale);

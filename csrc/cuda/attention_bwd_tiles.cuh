@@ -59,7 +59,7 @@ __device__ __forceinline__ HeadQueries head_queries(const AttentionBwdParams& p,
   };
   const int64_t slot = slot_of_tile(p, head, 0, kBlockM);
   return {first_row(p.call.query),    first_row(p.grad_out),        p.pivots + slot * kBlockM,
-          p.factors + slot * kBlockM, p.sums + slot * kBlockM * kD, p.turns + slot * BackwardTile::kWarps};
+          p.factors + slot * kBlockM, p.sums + slot * kBlockM * kD, p.turns + slot * kBackwardWarps};
 }
 
 // Starts copies of rows `first` on, of M, into a tile [kRows, kD]; kStep rows at a time. A tile is full

@@ -14,8 +14,9 @@ from .structures import CSRC, DTYPES, HERE, plans, poisoned, struct_argument, st
 
 AttentionBwdParams = structure("cuda/attention_bwd_plan.h", "AttentionBwdParams")
 AttentionBwdPlan = structure("cuda/attention_bwd_plan.h", "AttentionBwdPlan")
+BackwardTile = structure("cuda/attention_bwd_plan.h", "BackwardTile")
 # Bytes of shared memory that a block may have.
-A100, ADA = 163 * 1024 - 1024, 99 * 1024 - 1024
+A100, ADA = 163 * 1024, 99 * 1024
 WARPS = 8
 
 
@@ -27,7 +28,7 @@ def backward_module(dtype, plan, arch):
 
 def _instance(name, dtype, plan):
     """A part of the mangled name."""
-    if name in ("rows", "sink"):
+    if name in ("rows", "sink"):  # of which there is one
         return f"attention_bwd_{name}_kernel"
     return f"attention_bwd_{name}_kernelILNS_5DTypeE{DTYPES[dtype]}ELi{plan.block_d}ELb{plan.plain}E"
 

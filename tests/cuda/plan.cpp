@@ -31,6 +31,9 @@ void plan_attention_backward(AttentionBwdParams* p, int64_t total_queries, int64
                              AttentionBwdPlan* plan) {
   *plan = plan_attention_bwd(*p, total_queries, most_shared);
 }
+bool attention_backward_is_plain(int32_t block_d, int64_t most_shared) {
+  return is_plain_chosen(block_d, most_shared);
+}
 // Of an instantiation; returns its bytes of shared memory.
 int32_t attention_backward_tile(int32_t block_d, bool plain, BackwardTile* tile) {
   *tile = backward_tile(block_d, plain);

@@ -85,7 +85,8 @@ def plans():
             fresh.replace(library)
     loaded = ctypes.CDLL(str(library))
     loaded.kernel_name.restype = ctypes.c_char_p
-    loaded.attention_is_chosen.restype = ctypes.c_bool
+    for chosen in (loaded.attention_is_chosen, loaded.attention_backward_is_plain):
+        chosen.restype = ctypes.c_bool
     for name in ("NormFwdParams", "NormBwdParams", "AttentionFwdParams", "AttentionBwdParams"):
         if name in _structures:
             assert ctypes.sizeof(_structures[name]) == getattr(loaded, f"size_of_{name}")()

@@ -8,17 +8,20 @@ from functools import partial
 from pathlib import Path
 
 from tests.cuda.emulated_attention import AttentionTile
+from tests.cuda.emulated_attention_backward import BackwardTile
 from tests.cuda.structures import CSRC, plans
 from tests.ptxvm import nvcc
+from tests.triton.offline import SHARED_LIMIT
 
 from .case import Case, Compiled
 
 # What was compiled and read is kept here, unless pytest has a place for it.
 CACHE = Path(__file__).parents[2] / "build" / "gates"
-_SOURCE = Path(__file__).parents[1] / "cuda" / "instances" / "attention_fwd.cu"
+_SOURCES = Path(__file__).parents[1] / "cuda" / "instances"
 _DTYPES = {"bfloat16": 1, "float16": 2}
 _KINDS = ("whole", "padded", "general")
 _WIDTHS = (32, 64, 96, 128, 192, 256)
+_BACKWARD_WIDTHS = (64, 128, 256)
 # The chips of one major release run the code of its first.
 _BUILT = {"sm_86": "80", "sm_89": "80"}
 
@@ -30,21 +33,41 @@ def _plans() -> ctypes.CDLL:
     return plans()
 
 
+def _cubin(source: str, target: str, **defined: int | str) -> bytes:
+    arch = _BUILT.get(target, target.removeprefix("sm_"))
+    flags = (f"-D{name}={value}" for name, value in defined.items())
+    return nvcc.compile_cubin(_SOURCES / source, arch, f"-I{CSRC}", f"-I{CSRC / 'cuda'}", *flags)
+
+
+def _named(width: int, tile: ctypes.Structure) -> str:
+    fields = (f"{name}={getattr(tile, name)}" for name, _ in tile._fields_)
+    return " ".join([f"block_d={width}", *fields])
+
+
 def _compile(width: int, dtype: str, kind: str, target: str) -> Compiled:
     number = _KINDS.index(kind)
-    defined = (f"-DTYPE={_DTYPES[dtype]}", f"-DWIDTH={width}", f"-DKIND={number}")
-    arch = _BUILT.get(target, target.removeprefix("sm_"))
-    cubin = nvcc.compile_cubin(_SOURCE, arch, f"-I{CSRC}", f"-I{CSRC / 'cuda'}", *defined)
+    cubin = _cubin("attention_fwd.cu", target, TYPE=_DTYPES[dtype], WIDTH=width, KIND=number)
     tile = AttentionTile()
     shared = _plans().attention_tile(width, number, ctypes.byref(tile))
-    named = " ".join(f"{name}={getattr(tile, name)}" for name, _ in AttentionTile._fields_)
-    named = f"block_d={width} {named}"
-    return Compiled("attention_fwd", named, cubin, shared)
+    return Compiled("attention_fwd", _named(width, tile), cubin, shared)
+
+
+def _compile_backward(width: int, dtype: str, plain: bool, target: str) -> Compiled:
+    """The pass over keys; beside it the others are nothing."""
+    defined = {"TYPE": _DTYPES[dtype], "WIDTH": width, "PLAIN": int(plain)}
+    cubin = _cubin("attention_bwd.cu", target, **defined, KEYS_ALONE=1)
+    tile = BackwardTile()
+    shared = _plans().attention_backward_tile(width, plain, ctypes.byref(tile))
+    return Compiled("attention_bwd_keys", _named(width, tile), cubin, shared)
+
+
+def _compiles_for(target: str) -> bool:
+    return nvcc.find_nvcc() is not None and target.startswith("sm_")
 
 
 def cuda_attention_cases(op: str, target: str) -> Iterator[Case]:
     """Nothing where there is no nvcc, or for what it does not compile for."""
-    if nvcc.find_nvcc() is None or not target.startswith("sm_"):
+    if not _compiles_for(target):
         return
     major = int(target.removeprefix("sm_")) // 10
     for width in _WIDTHS:
@@ -54,4 +77,22 @@ def cuda_attention_cases(op: str, target: str) -> Iterator[Case]:
                     continue
                 gated = width if dtype == "bfloat16" and kind == "whole" else None
                 call = partial(_compile, width, dtype, kind)
+                yield Case(op, f"D={width} {dtype} {kind}", call, gated, compiled=True)
+
+
+def cuda_attention_backward_cases(op: str, target: str) -> Iterator[Case]:
+    """As cuda_attention_cases. On chips with little shared memory the widest heads are refused."""
+    if not _compiles_for(target):
+        return
+    most = ctypes.c_int64(SHARED_LIMIT[target])
+    for width in _BACKWARD_WIDTHS:
+        for dtype in _DTYPES:
+            for plain in (True, False):
+                if plain and not _plans().attention_backward_is_plain(width, most):
+                    continue
+                if width > 128 and most.value < 100 * 1024:
+                    continue
+                kind = "plain" if plain else "general"
+                gated = width if dtype == "bfloat16" and plain else None
+                call = partial(_compile_backward, width, dtype, plain)
                 yield Case(op, f"D={width} {dtype} {kind}", call, gated, compiled=True)

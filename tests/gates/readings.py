@@ -17,7 +17,7 @@ from tests.triton.offline import Launch, catch_launches, compile_launch, cubin_r
 from . import hot_loop, sass
 from .attention_cases import attention_cases
 from .case import Case
-from .cuda_cases import CACHE, cuda_attention_cases
+from .cuda_cases import CACHE, cuda_attention_backward_cases, cuda_attention_cases
 from .feed_forward_cases import feed_forward_cases
 from .hot_loop import HotLoop
 from .norm_cases import norm_cases
@@ -30,6 +30,7 @@ CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "attention_fwd_cuda": partial(cuda_attention_cases, "attention_fwd_cuda"),
     "attention_weights": partial(attention_cases, "attention_weights"),
     "attention_bwd": partial(attention_cases, "attention_bwd"),
+    "attention_bwd_cuda": partial(cuda_attention_backward_cases, "attention_bwd_cuda"),
     "feed_forward_fwd": partial(feed_forward_cases, "feed_forward_fwd"),
     "feed_forward_bwd": partial(feed_forward_cases, "feed_forward_bwd"),
 }
