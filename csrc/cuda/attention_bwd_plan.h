@@ -52,11 +52,12 @@ struct BackwardTile {
   int blocks;      // that shall share an SM
 
   constexpr int threads() const { return 32 * kBackwardWarps; }
-  // K and V; Q and dO of each stage; P and dS.
-  constexpr int shared_bytes(int block_d) const {
-    return 4 * block_d * block_n + stages * 4 * block_d * block_m + 4 * block_m * block_n;
-  }
 };
+
+// K and V; Q and dO of each stage; P and dS.
+constexpr int shared_bytes_of(const BackwardTile& tile, int block_d) {
+  return 4 * (block_d * (tile.block_n + tile.stages * tile.block_m) + tile.block_m * tile.block_n);
+}
 
 // Wider tiles read less of shared memory for a product: ldmatrix brings 32 rows to a warp for 32 or 64
 // columns. The general kernel has half the keys, and fits 99 KB up to D = 128.
@@ -69,7 +70,8 @@ constexpr BackwardTile backward_tile(int block_d, bool plain) {
 // Whether calls with nothing but ranges of hidden keys have an instantiation of their own: up to D = 128,
 // where a block may have its shared memory.
 constexpr bool is_plain_chosen(int block_d, int64_t most_shared) {
-  return block_d <= 128 && backward_tile(block_d, true).shared_bytes(block_d) + kStaticShared <= most_shared;
+  return block_d <= 128 &&
+         shared_bytes_of(backward_tile(block_d, true), block_d) + kStaticShared <= most_shared;
 }
 
 constexpr int kBackwardHeadWidths[] = {64, 128, 256};
@@ -108,7 +110,7 @@ inline AttentionBwdPlan plan_attention_bwd(AttentionBwdParams& p, int64_t total_
   plan.plain = is_plain_chosen(plan.block_d, most_shared) && p.aligned && near && !call.logits && !masked &&
                call.threshold == 0;
   const BackwardTile tile = backward_tile(plan.block_d, plan.plain);
-  plan.shared_bytes = tile.shared_bytes(plan.block_d);
+  plan.shared_bytes = shared_bytes_of(tile, plan.block_d);
   plan.query_shared_bytes = 2 * plan.block_d * tile.block_m;
   plan.threads = tile.threads();
   plan.block_m = tile.block_m;

@@ -37,6 +37,6 @@ bool attention_backward_is_plain(int32_t block_d, int64_t most_shared) {
 // Of an instantiation; returns its bytes of shared memory.
 int32_t attention_backward_tile(int32_t block_d, bool plain, BackwardTile* tile) {
   *tile = backward_tile(block_d, plain);
-  return tile->shared_bytes(block_d);
+  return shared_bytes_of(*tile, block_d);
 }
 }
