@@ -1,5 +1,8 @@
 """CUDA attention's gradients, run from PTX: right for every argument, width, type and layout."""
 
+import itertools
+import re
+
 import hypothesis
 import pytest
 import torch
@@ -14,7 +17,10 @@ from tests.ops.attention_draws import calls, sets_of_features
 from tests.ops.attention_judge import judge_attention
 from tests.ops.judging import assert_same_bits
 
+from tests.ptxvm import nvcc
+
 from .emulated_attention_backward import ADA
+from .structures import CSRC
 
 pytestmark = pytest.mark.usefixtures("gradient_emulator")
 
@@ -48,9 +54,9 @@ def some_inputs(D, dtype=BF16, M=140, N=300, **more):
     return inputs | {"return_lse": True} | more
 
 
-@pytest.mark.parametrize("D", (64, 128))
-def test_full_and_edge_blocks(D):
-    judge_here(some_inputs(D, causal="lower_right"))
+@pytest.mark.parametrize("D, span", ((64, {"causal": "lower_right"}), (128, {"window": (60, 20)})), ids=str)
+def test_full_and_edge_blocks(D, span):
+    judge_here(some_inputs(D, **span))
 
 
 SPANS = ({}, {"causal": "lower_right"}, {"window": (90, 40)}, {"key_lengths": torch.tensor([270])})
@@ -181,6 +187,16 @@ def test_other_targets(gradient_emulator, arch):
         gradient_emulator.most_shared = ADA
     judge_here(some_inputs(128, causal="lower_right"))
     judge_here(call("everything", BF16))
+
+
+@pytest.mark.slow
+def test_every_instantiation_runs(gradient_emulator):
+    for D, dtype in itertools.product((63, 64, 127, 128, 200), (BF16, F16)):
+        judge_here(some_inputs(D, dtype, M=70, N=170, window=(100, 90)) | {"sink": Draw(dtype).floats(2)})
+    folders = f"-I{CSRC}", f"-I{CSRC / 'cuda'}"
+    text = nvcc.compile_text(CSRC / "cuda" / "launch_attention_bwd.cu", "80", *folders)
+    ran = {name for name, _ in gradient_emulator.launched if "bwd" in name}
+    assert ran == set(re.findall(r"\.entry (\w+)\(", text))
 
 
 @pytest.mark.slow

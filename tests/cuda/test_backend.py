@@ -102,7 +102,7 @@ def test_cpu_tensors_are_refused():
         fastformer.layer_norm(x, (8,), backend="cuda")
 
 
-@pytest.mark.parametrize("op", ["attention_bwd", "attention_weights", "feed_forward_fwd", "feed_forward_bwd"])
+@pytest.mark.parametrize("op", ["attention_weights", "feed_forward_fwd", "feed_forward_bwd"])
 def test_operators_to_come_are_refused(machine, op):
     assert cuda.why_not(op, None, (torch.randn(2, 8),)) == f"it has no {op} yet"
 
@@ -122,6 +122,7 @@ class OnCuda:
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.bfloat16
     device: torch.device = GPU
+    requires_grad: bool = False
 
     def is_floating_point(self):
         return self.dtype.is_floating_point
@@ -158,15 +159,43 @@ def test_what_attention_refuses(machine, given, spec, reason):
     assert said is None if reason is None else reason in said
 
 
+@pytest.mark.parametrize(
+    "given, place, other, capability, reason",
+    [
+        ({}, 6, OnCuda((1, 4, 1, 40)), (8, 0), None),
+        ({}, 6, OnCuda((2, 4, 40, 40), requires_grad=True), (8, 0), None),
+        (
+            {},
+            6,
+            OnCuda((1, 4, 40, 40), requires_grad=True),
+            (8, 0),
+            "no gradient of a bias that is broadcast",
+        ),
+        ({}, 7, OnCuda((4, 79)), (8, 0), None),
+        ({}, 7, OnCuda((4, 79), requires_grad=True), (8, 0), "no gradient of relative_bias"),
+        ({"M": 1, "N": 4096}, 6, None, (8, 0), None),
+        ({"D": 256}, 6, None, (8, 0), None),
+        ({"D": 128}, 6, None, (8, 9), None),
+        ({"D_v": 136}, 6, None, (8, 9), "head dims over 128 take 145 KB of shared memory"),
+        ({"dtype": torch.float32}, 6, None, (8, 0), "bfloat16 and float16, not float32"),
+    ],
+)
+def test_what_gradients_of_attention_refuse(machine, given, place, other, capability, reason):
+    machine.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    tensors = list(attention_tensors(**given))
+    tensors[place] = other
+    said = cuda.why_not("attention_bwd", AttentionSpec(0.1), tuple(tensors))
+    assert said is None if reason is None else reason in said
+
+
 @pytest.mark.parametrize("capability, first", [((8, 0), "cuda"), ((12, 0), "cuda"), ((9, 0), "triton")])
 def test_attention_goes_to_the_faster_kernel(machine, capability, first):
-    """Backward has no kernel here yet, and goes to Triton's beside a forward of ours."""
     machine.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     machine.setattr(triton, "why_not", lambda op, spec, tensors: None)
     spec, tensors = AttentionSpec(0.1), attention_tensors()
     assert dispatch.choose("attention_fwd", spec, tensors, "auto") is dispatch.BACKENDS[first]
     assert dispatch.choose("attention_fwd", spec, tensors, "cuda") is cuda
-    assert dispatch.choose("attention_bwd", spec, tensors, "auto") is triton
+    assert dispatch.choose("attention_bwd", spec, tensors, "auto") is dispatch.BACKENDS[first]
     machine.setattr(triton, "why_not", lambda op, spec, tensors: "it is not installed")
     assert dispatch.choose("attention_fwd", spec, tensors, "auto") is cuda
 
@@ -178,7 +207,8 @@ def test_giving_way_is_explained(machine):
         query = torch.empty(2, 4, 64, 32, device="cuda", dtype=torch.bfloat16)
         explanation = fastformer.explain(fastformer.attention, query, query, query)
     assert explanation.backend == "triton"
-    assert explanation.notes == ("cuda serves attention_fwd too, and gives way to triton on this device",)
+    said = "cuda serves {} too, and gives way to triton on this device"
+    assert explanation.notes == tuple(said.format(op) for op in ("attention_fwd", "attention_bwd"))
 
 
 @hypothesis.given(
