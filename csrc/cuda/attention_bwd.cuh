@@ -1,16 +1,17 @@
 // Attention backward: one pass over keys with five products (Dao, "FlashAttention-2", 2023).
-//   w_ij = exp(s_ij - row_max_i) / row_sum_i        ds_ij = w_ij (keep_ij (grad_out_i . v_j) / (1 - p) +
-//   offset_i) dv_j = sum_i keep_ij w_ij / (1 - p) grad_out_i   dk_j = scale sum_i ds_ij q_i   dq_i = scale
-//   sum_j ds_ij k_j
+//   w_ij = exp(s_ij - row_max_i) / row_sum_i
+//   ds_ij = w_ij (keep_ij (grad_out_i . v_j) / (1 - p) + offset_i), offset = grad_lse - delta
+//   dv_j = sum_i keep_ij w_ij / (1 - p) grad_out_i    dk_j = scale sum_i ds_ij q_i    dq_i = scale sum_j
+//   ds_ij k_j
 // A block holds the sums of dK and dV of its keys in registers and walks over the queries. Each tile of dQ
 // lies in a float32 workspace, to which the blocks of keys add in their order: no atomics, the same bits
 // always.
 //
 // Why not a pass of its own for dQ, which would write nothing but dQ: at D = 128 a step of 64 queries and 128
-// keys takes 320 mma.m16n8k16 of a warp; the turn takes 16 loads and stores of 16 bytes and some 20
-// instructions, and 64 KB of L2's bandwidth in 5120 cycles of tensor cores. Two passes take 448 mma, and what
-// lies between products twice: 1.4 times the time even where tensor cores never wait. DRAM sees 12 M D bytes
-// more of a head (the workspace written, and read once), and the step's exponentials once, not twice.
+// keys takes 320 mma.m16n8k16 of a warp; adding to dQ takes 16 loads and stores of 16 bytes, some 20 more
+// instructions and 64 KB of L2's bandwidth, in 5120 cycles of tensor cores. Two passes take 448 mma, and what
+// lies between products twice: 1.4 times the time even where tensor cores never wait. What they save of DRAM
+// is 8 M D bytes a head, the workspace written and read once.
 //
 // Order: a ticket tells a program its keys, so that programs start in the order of their keys on any machine,
 // and they walk from the last query to the first: those before have passed wherever this one arrives, window
