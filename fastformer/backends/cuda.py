@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -159,6 +158,4 @@ def _is_fed_from_shared(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] in _FED_FROM_SHARED
 
 
-norm_fwd = partial(raw_ops.norm_fwd, "cuda")
-norm_bwd = partial(raw_ops.norm_bwd, "cuda")
-attention_fwd = partial(raw_ops.attention_fwd, "cuda")
+globals().update(raw_ops.functions("cuda", _SERVED))
