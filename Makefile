@@ -31,7 +31,7 @@ test: build
 bench: build
 	$(offline) $(PY) -m benchmarks $(ARGS)
 
-# Registers, spills and instruction mix of every kernel configuration, compiled for every GPU; an hour at first.
+# Registers, spills and instruction mix of every kernel configuration, compiled for every GPU; about an hour at first.
 gates: setup
 	$(PY) -m tests.gates $(ARGS)
 

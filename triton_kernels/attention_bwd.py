@@ -27,81 +27,101 @@ from .attention_call import (
     with_contiguous_rows,
 )
 from .attention_passes import (
+    Keys,
     ScorePass,
+    along,
     dropped,
     gradient_tile,
     keep_of,
     load_keys,
     load_queries,
+    over_delta,
+    products_of,
     weight_tile,
 )
 from .attention_rows import gradient_pass
 from .attention_sums import sum_bias, sum_relative_bias
-from .attention_tiles import key_at, query_at, store_rows
+from .attention_tiles import key_at, load_rows, query_at, store_rows
 from .configs import AttentionBwdConfig, attention_bwd_config
-from .launch import arch, ceil_div, on_device
-from .masks import Blocks, block_count, block_start, head_of, key_blocks, masks_keys, query_blocks
+from .launch import MAX_GRID, arch, ceil_div, on_device
+from .masks import (
+    Blocks,
+    block_count,
+    block_start,
+    group_of,
+    head_of,
+    key_blocks,
+    masks_keys,
+    member_of,
+    query_blocks,
+    real_keys,
+)
 
 # bias, relative_bias and sink, None where the gradient is not needed.
 Wanted = list[torch.Tensor | None]
 
-_sized = triton.jit(do_not_specialize=[*SIZES, "tiles"])
+_sized = triton.jit(do_not_specialize=[*SIZES, "first_b"])
 
 
 @triton.jit
 def _add_key_gradients(
-    call, scores, head, n0, blocks, dk, dv, threshold, EDGE: tl.constexpr,
+    call, scores, first, k, v, n0, blocks, dk, dv, threshold, EDGE: tl.constexpr,
     QUERY_SIGN: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D_v: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
-    """What the full blocks of queries, or the others, add to the gradients of keys n0 on. The others are
-    few, and are not worth the registers of a second stage."""
-    keys = load_keys(call, scores, head, n0, EDGE, ALIGN, D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV, True)
-    for index in tl.range(block_count(blocks, EDGE, BLOCK_M), num_stages=1 if EDGE else None):
-        m0 = block_start(blocks, index, EDGE, BLOCK_M)
+    """What the full blocks of a group's queries, or the others, add to the gradients of keys n0 on."""
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    for index in range(block_count(blocks, EDGE, BLOCK_M) * GROUP):
+        m0 = block_start(blocks, index // GROUP, EDGE, BLOCK_M)
+        head = member_of(first, index % GROUP)
+        real = None
+        if EDGE:
+            real = real_keys(call, head, offs_n)
+        keys = Keys(n0, along(offs_n, 1, True), along(real, 1, True), k, v)
         queries = load_queries(
             call, scores, head, m0, EDGE, QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, True
         )
-        w, slope = weight_tile(call, head, queries, keys, EDGE, True)
+        products = products_of(queries.query, k, True)
+        w, slope = weight_tile(call, head, products, queries, keys, EDGE)
         keep = keep_of(call, head, queries, keys, threshold, BLOCK_M, BLOCK_N, True)
-        kept = dropped(call, w, keep).to(keys.value.dtype)  # [BLOCK_N, BLOCK_M]
+        kept = dropped(call, w, keep).to(v.dtype)  # [BLOCK_N, BLOCK_M]
         dv = tl.dot(kept, queries.grad_out, dv, input_precision="ieee")
-        ds = gradient_tile(call, scores, head, queries, keys, w, keep, EDGE, True) * slope
-        dk = tl.dot(ds.to(keys.key.dtype), queries.query, dk, input_precision="ieee")
+        over = over_delta(call, scores, head, queries, keys, keep, True)
+        ds = gradient_tile(queries.terms, w, over, slope, EDGE)
+        dk = tl.dot(ds.to(k.dtype), queries.query, dk, input_precision="ieee")
     return dk, dv
 
 
 @_sized
 def _key_gradients_kernel(
     call, scores, grad_key, grad_value,
-    M, N, H, H_kv, left, right, lower_right, threshold, tiles,
+    M, N, H, H_kv, left, right, lower_right, threshold, first_b,
     QUERY_SIGN: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D_v: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BLOCK_N keys of one key head a program, from the GROUP query heads that read them."""
-    stream, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    b, h_kv = stream // H_kv, stream % H_kv
-    n0 = tile * BLOCK_N
+    """dK and dV of BLOCK_N keys of one key head a program, from the query heads that read them."""
+    n0 = tl.program_id(0) * BLOCK_N
+    b, h_kv = first_b + tl.program_id(2), tl.program_id(1)
+    head = group_of(call, b, h_kv, M, N, H, left, right, lower_right, GROUP)
+    in_keys = n0 + tl.arange(0, BLOCK_N) < head.N
+    k = load_rows(call.key, key_at(call.key, head, ALIGN), n0, in_keys, D, BLOCK_N, BLOCK_D, ALIGN)
+    v = load_rows(call.value, key_at(call.value, head, ALIGN), n0, in_keys, D_v, BLOCK_N, BLOCK_DV, ALIGN)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for member in range(GROUP):
-        head = head_of(call, b, h_kv * GROUP + member, M, N, H, H_kv, left, right, lower_right)
-        blocks = query_blocks(head, n0, BLOCK_M, BLOCK_N)
-        if masks_keys(call):
-            blocks = Blocks(blocks.begin, blocks.begin, blocks.begin, blocks.end)
+    blocks = query_blocks(head, n0, BLOCK_M, BLOCK_N)
+    if masks_keys(call):
+        blocks = Blocks(blocks.begin, blocks.begin, blocks.begin, blocks.end)
+    dk, dv = _add_key_gradients(
+        call, scores, head, k, v, n0, blocks, dk, dv, threshold, True,
+        QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, GROUP,
+    )  # fmt: skip
+    if not masks_keys(call):
         dk, dv = _add_key_gradients(
-            call, scores, head, n0, blocks, dk, dv, threshold, True,
-            QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+            call, scores, head, k, v, n0, blocks, dk, dv, threshold, False,
+            QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, GROUP,
         )  # fmt: skip
-        if not masks_keys(call):  # noqa: SIM102 (only this one is known when a kernel is compiled)
-            if blocks.full_begin < blocks.full_end:  # else its keys may lie past the last
-                dk, dv = _add_key_gradients(
-                    call, scores, head, n0, blocks, dk, dv, threshold, False,
-                    QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-                )  # fmt: skip
-    head = head_of(call, b, h_kv * GROUP, M, N, H, H_kv, left, right, lower_right)
-    in_keys = n0 + tl.arange(0, BLOCK_N) < head.N
     dk *= call.scale
     store_rows(grad_key, key_at(grad_key, head, ALIGN), n0, in_keys, dk, D, ALIGN)
     store_rows(grad_value, key_at(grad_value, head, ALIGN), n0, in_keys, dv, D_v, ALIGN)
@@ -117,10 +137,12 @@ def _add_query_gradients(
     of their bias."""
     for index in range(block_count(blocks, EDGE, BLOCK_N)):
         n0 = block_start(blocks, index, EDGE, BLOCK_N)
-        keys = load_keys(call, scores, head, n0, EDGE, ALIGN, D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV, False)
-        w, slope = weight_tile(call, head, queries, keys, EDGE, False)
+        keys = load_keys(call, head, n0, EDGE, ALIGN, D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV)
+        products = products_of(queries.query, keys.key, False)
+        w, slope = weight_tile(call, head, products, queries, keys, EDGE)
         keep = keep_of(call, head, queries, keys, threshold, BLOCK_M, BLOCK_N, False)
-        ds = gradient_tile(call, scores, head, queries, keys, w, keep, EDGE, False)
+        over = over_delta(call, scores, head, queries, keys, keep, False)
+        ds = gradient_tile(queries.terms, w, over, 1.0, EDGE)
         if grad_bias is not None:
             at = head.b * grad_bias.stride_b + head.h * grad_bias.stride_h
             offsets = queries.m.to(tl.int64) * grad_bias.stride_m
@@ -135,15 +157,16 @@ def _add_query_gradients(
 def _query_gradients_kernel(
     call, scores, grad_query,
     grad_bias,  # None, or Scores of a bias that is broadcast over nothing, zeroed
-    M, N, H, H_kv, left, right, lower_right, threshold, tiles,
+    M, N, H, H_kv, left, right, lower_right, threshold, first_b,
     QUERY_SIGN: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D_v: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ of BLOCK_M queries of one head a program."""
-    stream, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    tile = tl.program_id(0)
     if right is not None:
-        tile = tiles - 1 - tile  # the longest rows first, so that none is left over at the end
-    head = head_of(call, stream // H, stream % H, M, N, H, H_kv, left, right, lower_right)
+        tile = tl.num_programs(0) - 1 - tile  # the longest rows first, so that none is left over at the end
+    b, h = first_b + tl.program_id(2), tl.program_id(1)
+    head = head_of(call, b, h, M, N, H, H_kv, left, right, lower_right)
     m0 = tile * BLOCK_M
     if m0 >= head.M:
         return
@@ -248,19 +271,20 @@ def _matrix_gradients(
             whole = scores_of(grad_bias)
         else:
             grad_bias = sum_bias(call, scores, bias, flags)
-    tiles = ceil_div(call.N, keys.block_n)
-    if tiles > 0:
-        _key_gradients_kernel[(call.B * call.H_kv * tiles,)](
-            call.tensors, scores, grads[1], grads[2], *call.sizes, tiles,
-            **flags, BLOCK_M=keys.block_m, BLOCK_N=keys.block_n, GROUP=call.H // call.H_kv,
-            num_warps=keys.num_warps, num_stages=keys.num_stages,
+    key_tiles, query_tiles = ceil_div(call.N, keys.block_n), ceil_div(call.M, queries.block_m)
+    for first_b in range(0, call.B, MAX_GRID):
+        batch = min(call.B - first_b, MAX_GRID)
+        if key_tiles > 0:
+            _key_gradients_kernel[(key_tiles, call.H_kv, batch)](
+                call.tensors, scores, grads[1], grads[2], *call.sizes, first_b,
+                **flags, BLOCK_M=keys.block_m, BLOCK_N=keys.block_n, GROUP=call.H // call.H_kv,
+                num_warps=keys.num_warps, num_stages=keys.num_stages, enable_fp_fusion=True,
+            )  # fmt: skip
+        _query_gradients_kernel[(query_tiles, call.H, batch)](
+            call.tensors, scores, grads[0], whole, *call.sizes, first_b,
+            **flags, BLOCK_M=queries.block_m, BLOCK_N=queries.block_n,
+            num_warps=queries.num_warps, num_stages=queries.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
-    tiles = ceil_div(call.M, queries.block_m)
-    _query_gradients_kernel[(call.B * call.H * tiles,)](
-        call.tensors, scores, grads[0], whole, *call.sizes, tiles,
-        **flags, BLOCK_M=queries.block_m, BLOCK_N=queries.block_n,
-        num_warps=queries.num_warps, num_stages=queries.num_stages,
-    )  # fmt: skip
     return grad_bias
 
 

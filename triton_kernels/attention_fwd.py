@@ -53,26 +53,30 @@ class Shares(NamedTuple):
 
 
 @triton.jit
-def _fold(call, head, scores, acc, row_max, row_sum, offs_m, n0, threshold, FUSED: tl.constexpr):
-    """Fold one tile of scores into the running softmax: (weights, acc rescaled, row_max, row_sum).
+def _exponents(call, scores, row_max, FUSED: tl.constexpr):
+    """What 2 is raised to for a tile's weights, what rescales all that went before, and the new row_max.
 
     FUSED tiles hold bare products, and row_max then is an exponent of 2: one multiply-add a score.
     """
     factor = tile_unit(call) * LOG2_E
     largest = tl.max(scores, 1)
     if FUSED:
-        largest = largest * factor
-    largest = tl.maximum(row_max, largest)
-    if FUSED:
-        p = tl.exp2(scores * factor - largest[:, None])
-        rescale = tl.exp2(row_max - largest)
+        largest = tl.maximum(row_max, largest * factor)
+        return scores * factor - largest[:, None], tl.exp2(row_max - largest), largest
     else:
-        p = tl.exp2((scores - largest[:, None]) * factor)
-        rescale = tl.exp2((row_max - largest) * factor)
-    row_sum = row_sum * rescale + tl.sum(p, 1)
+        largest = tl.maximum(row_max, largest)
+        return (scores - largest[:, None]) * factor, tl.exp2((row_max - largest) * factor), largest
+
+
+@triton.jit
+def _fold(call, head, exponents, rescale, acc, row_sum, offs_m, n0, threshold):
+    """Fold one tile into the running softmax: (weights, acc rescaled, row_sum)."""
+    p = tl.exp2(exponents)
+    SUMS: tl.constexpr = row_sum.shape[1]
+    row_sum = row_sum * rescale[:, None] + tl.sum(p.reshape([p.shape[0], p.shape[1] // SUMS, SUMS]), 1)
     if call.seed_ptr is not None:
         p = tl.where(keep_tile(call, head, threshold, offs_m, n0, p.shape[1]), p, 0.0)
-    return p, acc * rescale[:, None], largest, row_sum
+    return p, acc * rescale[:, None], row_sum
 
 
 @triton.jit
@@ -105,9 +109,8 @@ def _edge_blocks(
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = score_tile(call, head, products, offs_m[:, None], offs_n[None, :])
         scores = hide(call, head, scores, offs_m[:, None], offs_n[None, :], real[None, :])
-        p, acc, row_max, row_sum = _fold(
-            call, head, scores, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
-        )
+        exponents, rescale, row_max = _exponents(call, scores, row_max, FUSED)
+        p, acc, row_sum = _fold(call, head, exponents, rescale, acc, row_sum, offs_m, n0, threshold)
         if BY_DESCRIPTOR:
             v = _load_block(call, head.b, head.h_kv, descriptors[2], n0, BLOCK_N, BLOCK_DV)
         else:
@@ -131,32 +134,29 @@ def _full_blocks(
             k = load_rows(call.key, key, n0, None, D, BLOCK_N, BLOCK_D, ALIGN)
             products = tl.dot(q, tl.trans(k), input_precision="ieee")
             scores = score_tile(call, head, products, offs_m[:, None], offs_n[None, :])
-            p, acc, row_max, row_sum = _fold(
-                call, head, scores, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
-            )
+            exponents, rescale, row_max = _exponents(call, scores, row_max, FUSED)
+            p, acc, row_sum = _fold(call, head, exponents, rescale, acc, row_sum, offs_m, n0, threshold)
             v = load_rows(call.value, value, n0, None, D_v, BLOCK_N, BLOCK_DV, ALIGN)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     elif begin < end:
         first = head.first_key.to(tl.int32)
         k = _load_block(call, head.b, head.h_kv, descriptors[1], first + begin, BLOCK_N, BLOCK_D)
         products = tl.dot(q, tl.trans(k))
+        scores = score_tile(call, head, products, offs_m[:, None], (begin + tl.arange(0, BLOCK_N))[None, :])
+        exponents, rescale, row_max = _exponents(call, scores, row_max, FUSED)
         for n0 in range(begin, end - BLOCK_N, BLOCK_N):
-            k = _load_block(call, head.b, head.h_kv, descriptors[1], first + n0 + BLOCK_N, BLOCK_N, BLOCK_D)
-            following = tl.dot(q, tl.trans(k))
-            scores = score_tile(call, head, products, offs_m[:, None], (n0 + tl.arange(0, BLOCK_N))[None, :])
-            p, acc, row_max, row_sum = _fold(
-                call, head, scores, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
-            )
+            n1 = n0 + BLOCK_N
+            k = _load_block(call, head.b, head.h_kv, descriptors[1], first + n1, BLOCK_N, BLOCK_D)
             v = _load_block(call, head.b, head.h_kv, descriptors[2], first + n0, BLOCK_N, BLOCK_DV)
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-            products = following
+            products = tl.dot(q, tl.trans(k))
+            p, acc, row_sum = _fold(call, head, exponents, rescale, acc, row_sum, offs_m, n0, threshold)
+            acc = tl.dot(p.to(v.dtype), v, acc)
+            scores = score_tile(call, head, products, offs_m[:, None], (n1 + tl.arange(0, BLOCK_N))[None, :])
+            exponents, rescale, row_max = _exponents(call, scores, row_max, FUSED)
         n0 = end - BLOCK_N
-        scores = score_tile(call, head, products, offs_m[:, None], (n0 + tl.arange(0, BLOCK_N))[None, :])
-        p, acc, row_max, row_sum = _fold(
-            call, head, scores, acc, row_max, row_sum, offs_m, n0, threshold, FUSED
-        )
         v = _load_block(call, head.b, head.h_kv, descriptors[2], first + n0, BLOCK_N, BLOCK_DV)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        p, acc, row_sum = _fold(call, head, exponents, rescale, acc, row_sum, offs_m, n0, threshold)
+        acc = tl.dot(p.to(v.dtype), v, acc)
     return acc, row_max, row_sum
 
 
@@ -234,7 +234,9 @@ def _attention_fwd_kernel(
     q = signed_query(q, QUERY_SIGN)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    # In narrow heads every thread adds up its own columns, and threads are added after the loops. Others have
+    # no registers left for it.
+    row_sum = tl.zeros([BLOCK_M, 8 if FUSED and BLOCK_DV <= 64 else 1], tl.float32)
     begin, full_begin, full_end, end = key_blocks(head, m0, BLOCK_M, BLOCK_N)
     if shares is not None:
         split = tl.program_id(0) // tiles
@@ -262,6 +264,7 @@ def _attention_fwd_kernel(
             call, head, descriptors, q, acc, row_max, row_sum, offs_m, full_end, end, threshold,
             FUSED, ALIGN, D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV, EDGE_STAGES,
         )  # fmt: skip
+    row_sum = tl.sum(row_sum, 1)
     if FUSED:
         row_max, row_sum = _in_logits(row_max, row_sum, LN_2)
     else:
@@ -339,11 +342,12 @@ def attention_fwd(
 
 
 def fwd_config(call: AttentionCall, target: str) -> AttentionFwdConfig:
-    width = call.widest
     sides = sum(side is not None for side in call.sizes[4:6])
-    config = attention_fwd_config(target, call.dtype.itemsize, width, call.is_plain, sides, call.M)
+    fills_tile = (call.D, call.D_v) == (call.flags["BLOCK_D"], call.flags["BLOCK_DV"])
+    plain = call.is_plain and (call.dtype.itemsize == 2 or fills_tile)
+    config = attention_fwd_config(target, call.dtype.itemsize, call.widest, plain, sides, call.M)
     if config.ahead and not all(_fits_descriptor(rows) for rows in call.tensors[:3]):
-        config = attention_fwd_config(target, call.dtype.itemsize, width, False, sides, call.M)
+        config = attention_fwd_config(target, call.dtype.itemsize, call.widest, False, sides, call.M)
     return config
 
 

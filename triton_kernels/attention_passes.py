@@ -26,6 +26,9 @@ from .attention_tiles import (
 )
 from .masks import real_keys
 
+# Columns of a row that registers hold at a time where its products serve one tile alone: whole rows spill.
+MOST_COLUMNS: tl.constexpr = tl.constexpr(64)
+
 
 class ScorePass(NamedTuple):
     """What a pass reads beside the call itself; float32 [B, H, M] (packed [H, total]) where not said."""
@@ -105,6 +108,19 @@ def _load_terms(ptr, at, in_rows, other, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
+def _terms_of(scores, head, offs_m, in_rows, TRANSPOSED: tl.constexpr):
+    """The RowTerms of rows offs_m; weights of 0 and no gradient where in_rows, bool or None, is False."""
+    at = stats_at(scores, head, offs_m)
+    return RowTerms(
+        _load_terms(scores.shift_ptr, at, in_rows, float("inf"), TRANSPOSED),
+        _load_terms(scores.factor_ptr, at, in_rows, 0.0, TRANSPOSED),
+        _load_terms(scores.delta_ptr, at, in_rows, 0.0, TRANSPOSED),
+        _load_terms(scores.gain_ptr, at, in_rows, 0.0, TRANSPOSED),
+        _load_terms(scores.grad_lse_ptr, at, in_rows, 0.0, TRANSPOSED),
+    )
+
+
+@triton.jit
 def load_queries(
     call, scores, head, m0, EDGE: tl.constexpr, QUERY_SIGN: tl.constexpr, ALIGN: tl.constexpr,
     D: tl.constexpr, D_v: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -116,25 +132,16 @@ def load_queries(
     if EDGE:
         in_rows = offs_m < head.M
     q = load_rows(call.query, query_at(call.query, head, ALIGN), m0, in_rows, D, BLOCK_M, BLOCK_D, ALIGN)
-    grad_out = None
-    if scores.grad_out is not None:
-        from_row = query_at(scores.grad_out, head, ALIGN)
-        grad_out = load_rows(scores.grad_out, from_row, m0, in_rows, D_v, BLOCK_M, BLOCK_DV, ALIGN)
-    at = stats_at(scores, head, offs_m)
-    terms = RowTerms(
-        _load_terms(scores.shift_ptr, at, in_rows, float("inf"), TRANSPOSED),
-        _load_terms(scores.factor_ptr, at, in_rows, 0.0, TRANSPOSED),
-        _load_terms(scores.delta_ptr, at, in_rows, 0.0, TRANSPOSED),
-        _load_terms(scores.gain_ptr, at, in_rows, 0.0, TRANSPOSED),
-        _load_terms(scores.grad_lse_ptr, at, in_rows, 0.0, TRANSPOSED),
-    )
+    from_row = query_at(scores.grad_out, head, ALIGN)
+    grad_out = load_rows(scores.grad_out, from_row, m0, in_rows, D_v, BLOCK_M, BLOCK_DV, ALIGN)
+    terms = _terms_of(scores, head, offs_m, in_rows, TRANSPOSED)
     return Queries(m0, along(offs_m, 0, TRANSPOSED), signed_query(q, QUERY_SIGN), grad_out, terms)
 
 
 @triton.jit
 def load_keys(
-    call, scores, head, n0, EDGE: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D_v: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, TRANSPOSED: tl.constexpr,
+    call, head, n0, EDGE: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D_v: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Keys that no query sees come as zeros, whatever they hold; without EDGE there are none."""
     offs_n = n0 + tl.arange(0, BLOCK_N)
@@ -142,15 +149,12 @@ def load_keys(
     if EDGE:
         real = real_keys(call, head, offs_n)
     k = load_rows(call.key, key_at(call.key, head, ALIGN), n0, real, D, BLOCK_N, BLOCK_D, ALIGN)
-    v = None
-    if scores.grad_out is not None:
-        from_value = key_at(call.value, head, ALIGN)
-        v = load_rows(call.value, from_value, n0, real, D_v, BLOCK_N, BLOCK_DV, ALIGN)
-    return Keys(n0, along(offs_n, 1, TRANSPOSED), along(real, 1, TRANSPOSED), k, v)
+    v = load_rows(call.value, key_at(call.value, head, ALIGN), n0, real, D_v, BLOCK_N, BLOCK_DV, ALIGN)
+    return Keys(n0, along(offs_n, 1, False), along(real, 1, False), k, v)
 
 
 @triton.jit
-def _products(of_queries, of_keys, TRANSPOSED: tl.constexpr):
+def products_of(of_queries, of_keys, TRANSPOSED: tl.constexpr):
     if TRANSPOSED:
         return tl.dot(of_keys, tl.trans(of_queries), input_precision="ieee")
     else:
@@ -158,9 +162,58 @@ def _products(of_queries, of_keys, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def weight_tile(call, head, queries, keys, EDGE: tl.constexpr, TRANSPOSED: tl.constexpr):
+def _products_by_columns(
+    queries, query, m0, in_rows, keys, key, n0, real, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Products [BLOCK_M, BLOCK_N] of rows of which registers hold few columns at a time. The rows begin at
+    elements `query` of queries and `key` of keys."""
+    COLUMNS: tl.constexpr = BLOCK_W if BLOCK_W < MOST_COLUMNS else MOST_COLUMNS
+    WHOLE: tl.constexpr = WIDTH // COLUMNS * COLUMNS
+    products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for column in range(0, WHOLE, COLUMNS):
+        q = load_rows(queries, query + column, m0, in_rows, COLUMNS, BLOCK_M, COLUMNS, ALIGN)
+        k = load_rows(keys, key + column, n0, real, COLUMNS, BLOCK_N, COLUMNS, ALIGN)
+        products = tl.dot(q, tl.trans(k), products, input_precision="ieee")
+    if WIDTH > WHOLE:
+        q = load_rows(queries, query + WHOLE, m0, in_rows, WIDTH - WHOLE, BLOCK_M, COLUMNS, ALIGN)
+        k = load_rows(keys, key + WHOLE, n0, real, WIDTH - WHOLE, BLOCK_N, COLUMNS, ALIGN)
+        products = tl.dot(q, tl.trans(k), products, input_precision="ieee")
+    return products
+
+
+@triton.jit
+def tile_by_itself(
+    call, scores, head, m0, n0, threshold, QUERY_SIGN: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr,
+    D_v: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Of a tile whose queries and keys serve no other: its RowTerms, weights before dropout, and the weights'
+    gradient; where no grad_out is given, the weights after dropout in place of both."""
+    offs_m, offs_n = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
+    in_rows, real = offs_m < head.M, real_keys(call, head, offs_n)
+    queries = Queries(m0, offs_m[:, None], None, None, _terms_of(scores, head, offs_m, in_rows, False))
+    keys = Keys(n0, offs_n[None, :], real[None, :], None, None)
+    products = _products_by_columns(
+        call.query, query_at(call.query, head, ALIGN), m0, in_rows, call.key, key_at(call.key, head, ALIGN),
+        n0, real, D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN,
+    )  # fmt: skip
+    w, _ = weight_tile(call, head, signed_query(products, QUERY_SIGN), queries, keys, True)
+    if scores.grad_out is None:
+        kept = dropped(call, w, keep_of(call, head, queries, keys, threshold, BLOCK_M, BLOCK_N, False))
+        return queries.terms, kept, kept
+    else:
+        dw = _products_by_columns(
+            scores.grad_out, query_at(scores.grad_out, head, ALIGN), m0, in_rows, call.value,
+            key_at(call.value, head, ALIGN), n0, real, D_v, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN,
+        )  # fmt: skip
+        keep = keep_of(call, head, queries, keys, threshold, BLOCK_M, BLOCK_N, False)
+        return queries.terms, w, weights_gradient(call, scores, head, dw, queries, keys, keep)
+
+
+@triton.jit
+def weight_tile(call, head, products, queries, keys, EDGE: tl.constexpr):
     """The weights before dropout, and softcap's slope (1.0 without one)."""
-    products = _products(queries.query, keys.key, TRANSPOSED)
     scores, slope = score_tile_and_slope(call, head, products, queries.m, keys.n)
     if EDGE:
         scores = hide(call, head, scores, queries.m, keys.n, keys.real)
@@ -192,9 +245,8 @@ def dropped(call, values, keep):
 
 
 @triton.jit
-def weights_gradient(call, scores, head, queries, keys, keep, TRANSPOSED: tl.constexpr):
-    """The gradient of the weights before dropout."""
-    dw = _products(queries.grad_out, keys.value, TRANSPOSED)
+def weights_gradient(call, scores, head, dw, queries, keys, keep):
+    """The gradient of the weights before dropout; dw: products of grad_out and values."""
     if scores.grad_weights is not None:
         given = scores.grad_weights
         at = head.b * given.stride_b + head.h * given.stride_h
@@ -206,18 +258,25 @@ def weights_gradient(call, scores, head, queries, keys, keep, TRANSPOSED: tl.con
 
 
 @triton.jit
-def gradient_tile(
-    call, scores, head, queries, keys, weights, keep, EDGE: tl.constexpr, TRANSPOSED: tl.constexpr
-):
-    """The gradient of the logits before softcap's slope joins it."""
-    dw = weights_gradient(call, scores, head, queries, keys, keep, TRANSPOSED)
+def over_delta(call, scores, head, queries, keys, keep, TRANSPOSED: tl.constexpr):
+    """The gradient of the weights less delta."""
+    if TRANSPOSED or call.seed_ptr is not None or scores.grad_weights is not None:
+        dw = products_of(queries.grad_out, keys.value, TRANSPOSED)
+        return weights_gradient(call, scores, head, dw, queries, keys, keep) - queries.terms.delta
+    else:  # Products that start from -delta save a subtraction; in the other orientation ptxas spills for it.
+        start = tl.broadcast_to(-queries.terms.delta, [queries.m.shape[0], keys.n.shape[1]])
+        return tl.dot(queries.grad_out, tl.trans(keys.value), start, input_precision="ieee")
+
+
+@triton.jit
+def gradient_tile(terms, weights, over, slope, EDGE: tl.constexpr):
+    """The gradient of the logits, times slope: softcap's for that of the scaled products, else 1.0. over: the
+    gradient of the weights less delta."""
     if EDGE:
-        below = dw * queries.terms.gain - queries.terms.delta
-    else:
-        below = dw - queries.terms.delta
-    if queries.terms.grad_lse is not None:
-        below += queries.terms.grad_lse
-    grads = weights * below
+        over *= terms.gain
+    if terms.grad_lse is not None:
+        over += terms.grad_lse
+    grads = weights * over * slope
     if EDGE:
-        grads = tl.where(weights == 0, 0.0, grads)  # whatever dw holds where a key is hidden
+        grads = tl.where(weights == 0, 0.0, grads)  # whatever the others hold where a key is hidden
     return grads

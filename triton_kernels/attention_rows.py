@@ -15,15 +15,7 @@ import triton
 import triton.language as tl
 
 from .attention_call import SIZES, AttentionCall, Rows, Scores, stats_strides
-from .attention_passes import (
-    ScorePass,
-    keep_of,
-    load_keys,
-    load_queries,
-    stats_at,
-    weight_tile,
-    weights_gradient,
-)
+from .attention_passes import ScorePass, stats_at, tile_by_itself
 from .attention_tiles import LOG2_E, load_rows, query_at, row_pivots
 from .configs import ATTENTION_SUMS
 from .launch import ceil_div
@@ -50,15 +42,11 @@ def _delta_over_keys(
 ):  # fmt: skip
     """sum_j w_ij dw_ij of BLOCK queries, [BLOCK]."""
     delta = tl.zeros([BLOCK], tl.float32)
-    queries = load_queries(
-        call, scores, head, m0, True, QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK, False
-    )
     blocks = key_blocks(head, m0, BLOCK, BLOCK)
     for n0 in range(blocks.begin, blocks.end, BLOCK):
-        keys = load_keys(call, scores, head, n0, True, ALIGN, D, D_v, BLOCK, BLOCK_D, BLOCK_DV, False)
-        w, _ = weight_tile(call, head, queries, keys, True, False)
-        keep = keep_of(call, head, queries, keys, threshold, BLOCK, BLOCK, False)
-        dw = weights_gradient(call, scores, head, queries, keys, keep, False)
+        _, w, dw = tile_by_itself(
+            call, scores, head, m0, n0, threshold, QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK, BLOCK
+        )
         delta += tl.sum(tl.where(w == 0, 0.0, w * dw), 1)
     return delta
 

@@ -13,18 +13,10 @@ import triton
 import triton.language as tl
 
 from .attention_call import SIZES, AttentionCall, Scores, attention_call, scores_of
-from .attention_passes import (
-    ScorePass,
-    dropped,
-    gradient_tile,
-    keep_of,
-    load_keys,
-    load_queries,
-    weight_tile,
-)
+from .attention_passes import ScorePass, gradient_tile, tile_by_itself
 from .attention_rows import weight_pass
 from .configs import ATTENTION_SUMS
-from .launch import ceil_div, on_device
+from .launch import TARGET, ceil_div, on_device
 from .masks import head_of, key_blocks
 
 _sized = triton.jit(
@@ -39,16 +31,13 @@ def _summand(
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A tile of weights or, where grad_out is given, of gradients of the logits."""
-    queries = load_queries(
-        call, scores, head, m0, True, QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, False
+    terms, w, dw = tile_by_itself(
+        call, scores, head, m0, n0, threshold, QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N
     )
-    keys = load_keys(call, scores, head, n0, True, ALIGN, D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV, False)
-    w, _ = weight_tile(call, head, queries, keys, True, False)
-    keep = keep_of(call, head, queries, keys, threshold, BLOCK_M, BLOCK_N, False)
     if scores.grad_out is None:
-        return dropped(call, w, keep)
+        return w
     else:
-        return gradient_tile(call, scores, head, queries, keys, w, keep, True, False)
+        return gradient_tile(terms, w, dw - terms.delta, 1.0, True)
 
 
 @_sized
@@ -144,6 +133,8 @@ def _run_sum(
     config = ATTENTION_SUMS
     tiles_m, tiles_n = ceil_div(target_M, config.block), ceil_div(call.N, config.block)
     over_rows = target_M < call.M
+    # With float32 and every argument ptxas stops at 128 registers, and spills 40 bytes, if not told of more.
+    registers = {"maxnreg": 255} if TARGET == "cuda" else {}
     _score_sum_kernel[(target_B * target_H * tiles_m * tiles_n,)](
         call.tensors,
         scores,
@@ -162,6 +153,7 @@ def _run_sum(
         OVER_ROWS=over_rows,
         num_warps=config.num_warps,
         num_stages=1,
+        **registers,
     )
 
 
@@ -203,7 +195,9 @@ def sum_relative_bias(
     sums[:, :-1] += shares[:, :, 0]
     sums[:, 1:] += shares[:, :, 1]
     first = tiles_m * block - call.M + 1
-    return sums.view(rows, -1)[:, first : first + call.M + call.N - 1].contiguous()
+    # A copy, of one row too: `contiguous` would return that as a view from its middle.
+    grad = sums.view(rows, -1)[:, first : first + call.M + call.N - 1]
+    return grad.clone(memory_format=torch.contiguous_format)
 
 
 def attention_weights(row_max: torch.Tensor, row_sum: torch.Tensor, *arguments: Any) -> torch.Tensor:

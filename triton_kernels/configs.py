@@ -135,9 +135,10 @@ _MOST_SPLITS = 64
 _PLAIN = {
     "sm_80": {
         # 4 warps read K and V half as often from shared memory as 8 do, and 32 KB let several programs share
-        # a multiprocessor; with a bounded side they spill 32 bytes. Edges in two stages: 8 bytes are spilled.
+        # a multiprocessor; with a bounded side they spill 32 bytes. A block takes 1820 cycles by its stall
+        # counts, and 1925 with edges in one stage. With a bounded side edges in two stages spill 8 bytes.
         64: (
-            AttentionFwdConfig(128, 64, 4, 2, 1, False),
+            AttentionFwdConfig(128, 64, 4, 2, 2, False),
             AttentionFwdConfig(128, 128, 8, 2, 1, False),
             AttentionFwdConfig(128, 128, 8, 2, 1, False),
         ),
@@ -152,8 +153,8 @@ _PLAIN = {
     "sm_90": {
         # 128 keys a block: with 64 issuing products ahead gains nothing.
         64: (AttentionFwdConfig(128, 128, 8, 2, 1, True),) * 3,
-        # Ahead 24 bytes are spilled, and yet a block takes 1308 cycles by its stall counts in place of 1862.
-        # With a loop over edges for causality it is 1851 and 1865.
+        # By its stall counts a block takes 1302 cycles, and 1862 not ahead. With a bounded side loops ahead
+        # spill 16 bytes. Edges in two stages make ptxas wait for each wgmma.
         128: (
             AttentionFwdConfig(128, 128, 8, 2, 1, True),
             AttentionFwdConfig(128, 128, 8, 2, 2, False),
@@ -165,18 +166,24 @@ _PLAIN = {
 # ptxas spills 32 bytes and more with 4 warps there.
 for _target in ("sm_86", "sm_89", "sm_120"):
     _PLAIN[_target] = _PLAIN["sm_80"] | {64: (AttentionFwdConfig(128, 64, 8, 2, 2, False),) * 3}
-# The same for calls with more in a score's way, whose tiles need registers for it, and for float32, whose
-# products take no tensor cores.
+# There edges in two stages spill 424 bytes.
+for _target in ("sm_100", "sm_103"):
+    _narrow = (AttentionFwdConfig(128, 64, 4, 2, 1, False), *_PLAIN["sm_80"][64][1:])
+    _PLAIN[_target] = _PLAIN["sm_80"] | {64: _narrow}
+# The same for calls with more in a score's way, whose tiles need registers for it.
 _MORE = {
     64: AttentionFwdConfig(64, 64, 4, 2, 2, False),
     128: AttentionFwdConfig(64, 64, 8, 2, 2, False),
     256: AttentionFwdConfig(64, 32, 8, 2, 2, False),
 }
+# {width: tiles of plain calls whose heads fill the width, and of others, which spill up to 136 bytes in the
+# former}. Products of single numbers hold whole rows of both operands in registers: 4 warps spill 256 bytes.
+# With every argument the widest still spill 8 bytes on sm_80: 16 warps 200, 64 keys 264, and fewer than 32
+# keys cannot be, because dropout decides 32 at a time.
 _FLOAT32 = {
-    # Products of single numbers hold whole rows of both operands in registers: 4 warps spill 256 bytes.
-    64: AttentionFwdConfig(64, 32, 8, 1, 1, False),
-    128: AttentionFwdConfig(32, 32, 8, 1, 1, False),
-    256: AttentionFwdConfig(16, 32, 8, 1, 1, False),
+    64: (AttentionFwdConfig(64, 32, 8, 1, 1, False), AttentionFwdConfig(32, 32, 8, 1, 1, False)),
+    128: (AttentionFwdConfig(32, 32, 8, 1, 1, False), AttentionFwdConfig(16, 32, 8, 1, 1, False)),
+    256: (AttentionFwdConfig(16, 32, 8, 1, 1, False),) * 2,
 }
 _FEW_QUERIES = 16
 
@@ -187,12 +194,13 @@ def attention_fwd_config(
 ) -> AttentionFwdConfig:
     """The tile for heads of `width` columns, the larger of BLOCK_D and BLOCK_DV, and M queries.
 
-    target is "sm_90", "gfx942", ...; plain says that products become weights by their scale alone; sides is
-    how many ends of a query's keys a window or causality bounds.
+    target is "sm_90", "gfx942", ...; plain says that products become weights by their scale alone, and of
+    float32 also that heads are as wide as their tiles; sides is how many ends of a query's keys a window or
+    causality bounds.
     """
     width = max(width, 64)
     if itemsize == 4:
-        config = _FLOAT32[width]
+        config = _FLOAT32[width][not plain]
     elif plain:
         config = _PLAIN.get(target, _PLAIN["sm_80"])[width][sides]
     else:
@@ -214,29 +222,29 @@ class AttentionBwdConfig(NamedTuple):
 # As _PLAIN, _MORE and _FLOAT32, for the gradients of keys and for those of queries.
 _PLAIN_BWD = {
     "sm_80": {
-        # 32 queries a step: 64 of them spill 150 bytes with grouped heads.
-        64: (AttentionBwdConfig(32, 128, 8, 2), AttentionBwdConfig(128, 64, 8, 2)),
-        # 128 keys spill 800 bytes; 64 keys of queries leave no second stage.
-        128: (AttentionBwdConfig(64, 64, 8, 2), AttentionBwdConfig(128, 32, 8, 2)),
+        64: (AttentionBwdConfig(64, 128, 8, 2), AttentionBwdConfig(128, 64, 8, 2)),
+        # 16 keys a warp, so that weights stay in registers between two products. 64 queries a step spill 72
+        # bytes, and so do 64 keys of queries (40).
+        128: (AttentionBwdConfig(32, 128, 8, 2), AttentionBwdConfig(128, 32, 8, 2)),
         256: (AttentionBwdConfig(32, 32, 8, 1), AttentionBwdConfig(32, 64, 8, 1)),
     },
     "sm_90": {
-        64: (AttentionBwdConfig(32, 128, 8, 2), AttentionBwdConfig(128, 64, 8, 2)),
-        # Spills 168 bytes, the least of the tiles that wgmma takes (64 x 128: 450), few of them in the loop.
+        64: (AttentionBwdConfig(64, 128, 8, 2), AttentionBwdConfig(128, 128, 8, 2)),
+        # 64 queries a step spill 280 bytes.
         128: (AttentionBwdConfig(32, 128, 8, 2), AttentionBwdConfig(128, 64, 8, 2)),
         256: (AttentionBwdConfig(32, 32, 8, 1), AttentionBwdConfig(32, 64, 8, 1)),
     },
 }
 _MORE_BWD = {
     64: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 64, 4, 1)),
-    128: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 32, 4, 1)),
-    256: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 1)),
+    128: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 32, 8, 1)),
+    256: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(16, 32, 8, 1)),
 }
-# 4 warps spill a kilobyte.
+# 4 warps spill a kilobyte, and 32 queries 16 to 9200 bytes.
 _FLOAT32_BWD = {
-    64: (AttentionBwdConfig(32, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 1)),
-    128: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 1)),
-    256: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 1)),
+    64: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 1)),
+    128: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(16, 32, 8, 1)),
+    256: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(16, 32, 16, 1)),
 }
 
 
@@ -247,8 +255,15 @@ def attention_bwd_config(
     """Tiles of the gradients of keys, and of those of queries; arguments as of attention_fwd_config."""
     width = max(width, 64)
     if itemsize == 4:
-        return _FLOAT32_BWD[width]
-    return _PLAIN_BWD.get(target, _PLAIN_BWD["sm_80"])[width] if plain else _MORE_BWD[width]
+        configs = _FLOAT32_BWD[width]
+    elif plain:
+        configs = _PLAIN_BWD.get(target, _PLAIN_BWD["sm_80"])[width]
+    else:
+        configs = _MORE_BWD[width]
+    if target.startswith("gfx"):  # whose warps have 64 threads, with up to 512 registers each
+        keys, queries = (c._replace(num_warps=min(4, c.num_warps // 2)) for c in configs)
+        configs = keys, queries
+    return configs
 
 
 class SumConfig(NamedTuple):
@@ -257,7 +272,7 @@ class SumConfig(NamedTuple):
 
 
 # Tiles of the returned weights, of the sums of biases, and of delta. With 4 warps a call with every argument
-# spills 8 bytes at a width of 64.
+# spills 40 bytes at a width of 256, although 8 compute the products of 16 queries four times.
 ATTENTION_SUMS = SumConfig(32, 8)
 
 

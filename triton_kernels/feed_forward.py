@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 
 from .activations import activate
-from .configs import HIDDEN_SLICE, gemm_config
+from .configs import HIDDEN_SLICE, GemmConfig, gemm_config
 from .gemm import (
+    Operand,
     alignment,
     along_columns,
     as_matrix,
@@ -88,6 +89,19 @@ def _hidden_kernel(
             )  # fmt: skip
 
 
+def hidden_tile(
+    device: torch.device, x: torch.Tensor, w1: torch.Tensor, w_gate: torch.Tensor | None
+) -> tuple[GemmConfig, int, list[Operand]]:
+    """The tile of `hidden_rows` on a device, `alignment`, and what it multiplies: x, w1 and w_gate."""
+    (M, K), N = x.shape, w1.shape[0]
+    weights = weight_operands(w1) if w_gate is None else weight_operands(w1, w_gate)
+    operands = [along_columns(x), *weights]
+    align = alignment(M, N, K, *operands)
+    kind = "hidden" if w_gate is None else "hidden_gated"
+    config, _ = gemm_config(arch(device), kind, x.element_size(), align, M, N, 0, sm_count(device))
+    return config, align, operands
+
+
 def hidden_rows(
     x: torch.Tensor,
     w1: torch.Tensor,
@@ -105,11 +119,7 @@ def hidden_rows(
     (M, K), N = x.shape, w1.shape[0]
     if M == 0 or N == 0:
         return
-    kind = "hidden" if w_gate is None else "hidden_gated"
-    a = along_columns(x)
-    b, *gate = weight_operands(w1) if w_gate is None else weight_operands(w1, w_gate)
-    align = alignment(M, N, K, a, b, *gate)
-    config, _ = gemm_config(arch(x.device), kind, x.element_size(), align, M, N, 0, sm_count(x.device))
+    config, align, (a, b, *gate) = hidden_tile(x.device, x, w1, w_gate)
     threshold, scale = dropout_constants(dropout_p)
     _hidden_kernel[programs(config, tile_count(config, M, N), x.device)](
         x,

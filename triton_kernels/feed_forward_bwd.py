@@ -18,9 +18,10 @@ import triton.language as tl
 
 from .activations import activate_with_gradient
 from .column_sums import column_sums
-from .configs import HIDDEN_SLICE, gemm_config
+from .configs import HIDDEN_SLICE, GemmConfig, gemm_config
 from .feed_forward import hidden_rows
 from .gemm import (
+    Operand,
     alignment,
     along_columns,
     along_rows,
@@ -127,6 +128,17 @@ class _Hidden(NamedTuple):
     db_gate: Any  # float32 [tiles of rows, F]
 
 
+def hidden_bwd_tile(
+    device: torch.device, grad: torch.Tensor, N: int, K: int, w2: torch.Tensor, gated: bool
+) -> tuple[GemmConfig, int, Operand, Operand]:
+    """The tile of `_hidden_gradients` on a device, `alignment`, and what it multiplies: grad_out and w2."""
+    M, kind = grad.shape[0], "hidden_bwd_gated" if gated else "hidden_bwd"
+    a, (b,) = along_columns(grad), weight_operands(w2, backward=True)
+    align = alignment(M, N, K, a, b)
+    config, _ = gemm_config(arch(device), kind, grad.element_size(), align, M, N, 0, sm_count(device))
+    return config, align, a, b
+
+
 def _hidden_gradients(
     wanted: _Hidden,
     grad: torch.Tensor,
@@ -139,12 +151,8 @@ def _hidden_gradients(
 ) -> _Hidden:
     """Those wanted, from grad_out [rows, E_out], and pre and pre_gate [rows, F]; None for the others."""
     M, N = pre.shape
-    kind = "hidden_bwd" if pre_gate is None else "hidden_bwd_gated"
-    K = grad.shape[1] if any(wanted[1:]) else 0
-    a, (b,) = along_columns(grad), weight_operands(w2, backward=True)
-    align = alignment(M, N, K, a, b)
-    device = grad.device
-    config, _ = gemm_config(arch(device), kind, grad.element_size(), align, M, N, 0, sm_count(device))
+    K, device = grad.shape[1] if any(wanted[1:]) else 0, grad.device
+    config, align, a, b = hidden_bwd_tile(device, grad, N, K, w2, pre_gate is not None)
     tiles = ceil_div(M, config.block_m)
     made = _Hidden(
         *(torch.empty_like(pre) if want else None for want in wanted[:3]),

@@ -272,6 +272,15 @@ def programs(config: GemmConfig, items: int, device: torch.device) -> tuple[int]
     return (min(items, sm_count(device) * config.programs_per_sm),)
 
 
+def gemm_tile(
+    device: torch.device, M: int, N: int, K: int, a: Operand, b: Operand, *others: Operand
+) -> tuple[GemmConfig, int, int]:
+    """The tile of `gemm` on a device, into how many parts it divides K, and `alignment`."""
+    align = alignment(M, N, K, a, b, *others)
+    size = a.tensor.element_size()
+    return *gemm_config(arch(device), "plain", size, align, M, N, K, sm_count(device)), align
+
+
 def gemm(
     a: Operand,
     b: Operand,
@@ -289,8 +298,7 @@ def gemm(
     device, dtype = a.tensor.device, a.tensor.dtype
     if M == 0 or N == 0:
         return a.tensor.new_empty(M, N)
-    align = alignment(M, N, K, a, b, *(second or ()))
-    config, parts = gemm_config(arch(device), "plain", dtype.itemsize, align, M, N, K, sm_count(device))
+    config, parts, align = gemm_tile(device, M, N, K, a, b, *(second or ()))
     steps = max(1, ceil_div(K, config.block_k * parts))
     parts = max(1, ceil_div(K, config.block_k * steps))
     out = a.tensor.new_empty((parts, M, N), dtype=dtype if parts == 1 else torch.float32)

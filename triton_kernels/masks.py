@@ -74,8 +74,12 @@ def _real_bits(call, b, h, offs_n, real):
 @triton.jit
 def head_of(call, b, h, M, N, H, H_kv, left, right, lower_right):
     """The Head of batch element (or packed sequence) b and query head h, both int32."""
+    return _head_of(call, b, h, h // (H // H_kv), M, N, H, left, right, lower_right)
+
+
+@triton.jit
+def _head_of(call, b, h, h_kv, M, N, H, left, right, lower_right):
     stream = b * H + h
-    h_kv = h // (H // H_kv)
     b, h, h_kv = b.to(tl.int64), h.to(tl.int64), h_kv.to(tl.int64)
     first_query, first_key = b * 0, b * 0
     longest_M, longest_N = M, N
@@ -93,6 +97,34 @@ def head_of(call, b, h, M, N, H, H_kv, left, right, lower_right):
     return Head(
         b, h, h_kv, stream, first_query, first_key, M, N, longest_M, longest_N, (N - M) * lower_right,
         left, right, key_begin, key_end,
+    )  # fmt: skip
+
+
+@triton.jit
+def group_of(call, b, h_kv, M, N, H, left, right, lower_right, GROUP: tl.constexpr):
+    """The first of the GROUP query heads that read key head h_kv; its range of keys holds all of theirs."""
+    head = _head_of(call, b, h_kv * GROUP, h_kv, M, N, H, left, right, lower_right)
+    key_begin, key_end = head.key_begin, head.key_end
+    if call.key_mask is not None:
+        for index in range(1, GROUP):
+            other = _head_of(call, b, h_kv * GROUP + index, h_kv, M, N, H, left, right, lower_right)
+            key_begin = tl.minimum(key_begin, other.key_begin)
+            key_end = tl.maximum(key_end, other.key_end)
+    return _member(head, 0, key_begin, key_end)
+
+
+@triton.jit
+def member_of(first, index):
+    """Head number `index` of the group that group_of told the first of."""
+    return _member(first, index, first.key_begin, first.key_end)
+
+
+@triton.jit
+def _member(first, index, key_begin, key_end):
+    return Head(
+        first.b, first.h + index, first.h_kv, first.stream + index, first.first_query, first.first_key,
+        first.M, first.N, first.longest_M, first.longest_N, first.offset, first.left, first.right,
+        key_begin, key_end,
     )  # fmt: skip
 
 
@@ -169,7 +201,7 @@ def masks_keys(call):
 
 @triton.jit
 def real_keys(call, head, offs_n):
-    """bool [BLOCK_N]: the keys that some query may see, windows apart; K and V of others are loaded as 0."""
+    """bool [BLOCK_N]: the keys that some query of the head may see, windows apart."""
     return _real_bits(call, head.b, head.h, offs_n, offs_n < head.key_end)
 
 

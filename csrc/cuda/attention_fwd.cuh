@@ -226,8 +226,8 @@ __global__ void __launch_bounds__(forward_tile(kD, kKind).threads(), forward_til
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   const int heads = static_cast<int>(blockIdx.x) / p.tiles;
   int tile = static_cast<int>(blockIdx.x) % p.tiles;
-  if (p.right < p.M)
-    tile = p.tiles - 1 - tile;  // the longest rows first, so that none is left over at the end
+  // Where later rows see more they come first, so that no long one is left over at the end.
+  if (p.right < p.M) tile = p.tiles - 1 - tile;
   Head found = head_of(p, heads / p.H, heads % p.H, tile * Tile::kBlockM);
   if (found.m0 >= found.M) return;
   if constexpr (!Tile::kPlain) {

@@ -2,11 +2,10 @@
 // CUDA: the launcher and the tests, which have no GPU, read the choice from here.
 //
 // Budget of forward's hot loop, by mma.m16n8k16 (2048 multiply-adds of a warp, 8 cycles of a quarter of an
-// A100). A product of D = 128 belongs to 8 scores, which is a quarter of one a lane: each costs a fused
-// multiply-add, a maximum, an exponential, an addition and half a conversion, 1.1 slots in all, and D /
-// kBlockN multiplications of the sums so far, 0.5 at 64 keys. A warp of 32 queries uses what ldmatrix brings
-// of a key twice: 0.4 slots and 6 cycles of shared memory's port, where 16 queries would take 9 of the 8 that
-// there are.
+// A100). At D = 128 such a product belongs to a quarter of a score a lane, and a score costs a fused
+// multiply-add, a maximum, an exponential, an addition and half a conversion: 1.1 slots a product. Rescaling
+// the sums takes 0.5 at 64 keys a block. A warp of 32 queries uses twice what ldmatrix brings of a key: 0.4
+// slots and 6 cycles of shared memory's port, where 16 queries would take 9 of the 8 that there are.
 #pragma once
 
 #include <cstdint>
@@ -74,8 +73,8 @@ constexpr float kLeastScale = 1e-30f;
 
 constexpr int kHeadWidths[] = {32, 64, 96, 128, 192, 256};
 
-// How one instantiation divides its work: each warp has kRowTiles times 16 queries of its block, and all
-// warps go through the keys together, kBlockN at a time.
+// How one instantiation divides its work: each warp has row_tiles times 16 queries of its block, and all
+// warps go through the keys together, block_n at a time.
 struct AttentionTile {
   int row_tiles;
   int warps;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -67,10 +66,4 @@ def _attention_refusal(tensors: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
-norm_fwd = partial(raw_ops.norm_fwd, "cpu")
-norm_bwd = partial(raw_ops.norm_bwd, "cpu")
-attention_fwd = partial(raw_ops.attention_fwd, "cpu")
-attention_weights = partial(raw_ops.attention_weights, "cpu")
-attention_bwd = partial(raw_ops.attention_bwd, "cpu")
-feed_forward_fwd = partial(raw_ops.feed_forward_fwd, "cpu")
-feed_forward_bwd = partial(raw_ops.feed_forward_bwd, "cpu")
+globals().update(raw_ops.functions("cpu", (*_SERVED, "attention_weights")))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -208,7 +207,4 @@ def _has_little_shared(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) in _LITTLE_SHARED
 
 
-norm_fwd = partial(raw_ops.norm_fwd, "cuda")
-norm_bwd = partial(raw_ops.norm_bwd, "cuda")
-attention_fwd = partial(raw_ops.attention_fwd, "cuda")
-attention_bwd = partial(raw_ops.attention_bwd, "cuda")
+globals().update(raw_ops.functions("cuda", _SERVED))

@@ -6,7 +6,8 @@ arguments here and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +34,11 @@ def dtype_refusal(tensors: tuple[Tensor | None, ...]) -> str | None:
             given = str(tensor.dtype).removeprefix("torch.")
             return f"its kernels take float32, bfloat16 and float16, not {given}"
     return None
+
+
+def functions(backend: str, ops: Iterable[str]) -> dict[str, Callable[..., Any]]:
+    """{name: the function of this module with that name, bound to the backend's raw operator}."""
+    return {op: partial(globals()[op], backend) for op in ops}
 
 
 def _raw(op: str, backend: str) -> Any:

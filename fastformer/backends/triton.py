@@ -129,13 +129,7 @@ def configuration(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str
     )
 
 
-norm_fwd = partial(raw_ops.norm_fwd, "triton")
-norm_bwd = partial(raw_ops.norm_bwd, "triton")
-attention_fwd = partial(raw_ops.attention_fwd, "triton")
-attention_bwd = partial(raw_ops.attention_bwd, "triton")
-attention_weights = partial(raw_ops.attention_weights, "triton")
-feed_forward_fwd = partial(raw_ops.feed_forward_fwd, "triton")
-feed_forward_bwd = partial(raw_ops.feed_forward_bwd, "triton")
+globals().update(raw_ops.functions("triton", _LAUNCHERS))
 
 
 @functools.cache

@@ -37,16 +37,16 @@ def _row(reading: Reading) -> str:
     return f"{row} {'':6} {'':6} {'':5} {loop.bytes_per_slot:6.1f}"
 
 
-def _gated_rows(readings: Sequence[Reading]) -> Iterable[str]:
+def _figures(readings: Sequence[Reading]) -> Iterable[str]:
     """A case's figures by useful product, above those of the best shipped binaries."""
     first = readings[0]
     figures = useful(first.op, readings)
-    if first.gated_dim is None or figures is None:
+    if first.dim is None or figures is None:
         return
     width = len(_HEADER) - 29
-    name = f"{first.op} {first.target} D={first.gated_dim}, of all its kernels per useful product"
+    name = f"{first.op} {first.target} D={first.dim}, of all its kernels per useful product"
     yield f"  {name:{width}} {figures.nt:6.2f} {figures.serial:6.2f} {figures.w1:5.2f}"
-    for anchor in ANCHORS.get((first.op, first.target, first.gated_dim), ()):
+    for anchor in ANCHORS.get((first.op, first.target, first.dim), ()):
         name = f"beside {anchor.name}, which spills in {anchor.spilling} instructions"
         yield f"    {name:{width - 2}} {anchor.nt:6.2f} {anchor.serial:6.2f} {anchor.w1:5.2f}"
 
@@ -86,12 +86,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     every: list[Reading] = []
     missed = 0
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        for readings in pool.map(read_place, places, chunksize=4):
+        running = [pool.submit(read_place, place) for place in places]
+        for (op, target, index), reader in zip(places, running, strict=True):
+            try:
+                readings = reader.result()
+            except Exception as error:  # an hour's other cases are worth more than its traceback
+                missed += 1
+                name = list(CASES[op](target))[index].name
+                print(f"  MISSED: {op} {target} {name}: {type(error).__name__}: {error}", flush=True)
+                continue
             every += readings
             found = misses(readings)
             missed += bool(found)
-            if options.all or found or readings[0].gated_dim is not None:
-                print(*map(_row, readings), *_gated_rows(readings), sep="\n", flush=True)
+            if options.all or found or readings[0].dim is not None:
+                print(*map(_row, readings), *_figures(readings), sep="\n", flush=True)
             for sentence in found:
                 print(f"  MISSED: {sentence}", flush=True)
     print(*_summary(every), sep="\n")

@@ -1,4 +1,4 @@
-"""Attention: every width of tile, with the dtypes and arguments that change what its kernels hold."""
+"""Attention: every tile that can be chosen, with the arguments that change what its kernels hold."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from .case import Case
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 B, H, LENGTH = 4, 16, 4096
-# (D, D_v): of powers of two, which kernels need not mask, and of others.
-POWERS, OTHERS = ((16, 16), (32, 32), (64, 64), (128, 128), (256, 256)), ((80, 80), (192, 128))
-MODES = ("plain", "causal", "everything", "packed")
+# Head dims of the entries in configs.py.
+WIDTHS = (64, 128, 256)
+# Those that leave the tile to the head dim alone bound as many sides of a query's keys.
+SIDES = ("plain", "causal", "window")
 
 
 def _empty(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
@@ -25,27 +26,31 @@ def _empty(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
 def _arguments(dtype: torch.dtype, D: int, D_v: int, mode: str, M: int = LENGTH) -> tuple[Any, ...]:
     """Those of the raw operator."""
     N = LENGTH
+    left, right = {"causal": (None, 0), "packed": (None, 0), "window": (1000, 500)}.get(mode, (None, None))
     if mode == "packed":
         total, starts = B * N, _empty(B + 1, dtype=torch.int32)
-        rows = (_empty(total, H, width, dtype=dtype) for width in (D, D, D_v))
-        return *rows, *(None,) * 7, starts, starts, 0.1, None, 0, False, None, 0.0, M, N
+        rows = (
+            _empty(total, heads, width, dtype=dtype) for heads, width in ((H, D), (H // 2, D), (H // 2, D_v))
+        )
+        return *rows, *(None,) * 7, starts, starts, 0.1, left, right, False, None, 0.0, M, N
     query, key, value = (
         _empty(B, heads, length, width, dtype=dtype)
         for heads, length, width in ((H, M, D), (H // 2, N, D), (H // 2, N, D_v))
     )
-    right = 0 if mode == "causal" else None
-    if mode != "everything":
-        return query, key, value, *(None,) * 9, 0.1, None, right, False, None, 0.0, None, None
-    more = (
-        _empty(B, 1, M, N, dtype=torch.bool),
-        _empty(B, N, dtype=torch.bool),
-        _empty(B, dtype=torch.int64),
-        _empty(1, H, M, N, dtype=dtype),
-        _empty(H, M + N - 1, dtype=dtype),
-        _empty(H, dtype=dtype),
-        _empty(1, dtype=torch.int64),
-    )
-    return query, key, value, *more, None, None, 0.1, 1000, 500, True, 30.0, 0.1, None, None
+    mask = padding = lengths = bias = relative_bias = sink = seed = softcap = None
+    if mode == "key mask":
+        mask = _empty(B, 1, 1, N, dtype=torch.bool)
+    if mode in ("lengths", "everything"):
+        lengths, sink = _empty(B, dtype=torch.int64), _empty(H, dtype=dtype)
+    if mode == "everything":
+        mask, padding = _empty(B, 1, M, N, dtype=torch.bool), _empty(B, N, dtype=torch.bool)
+        bias, relative_bias = _empty(1, H, M, N, dtype=dtype), _empty(H, M + N - 1, dtype=dtype)
+        left, right, softcap, seed = 1000, 500, 30.0, _empty(1, dtype=torch.int64)
+    if mode == "bias":  # broadcast over nothing
+        bias = _empty(B, H, M, N, dtype=dtype)
+    tensors = (mask, padding, lengths, bias, relative_bias, sink, seed, None, None)
+    dropout_p = 0.0 if seed is None else 0.1
+    return query, key, value, *tensors, 0.1, left, right, True, softcap, dropout_p, None, None
 
 
 def _statistics(arguments: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,8 +67,12 @@ def _backward(*given: Any) -> None:
     arguments = _arguments(*given)
     query, value = arguments[0], arguments[2]
     out = _empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype)
+    grad_lse = grad_weights = None
+    if given[-1] == "everything":
+        grad_lse, grad_weights = _empty(B, H, LENGTH), _empty(B, H, LENGTH, LENGTH, dtype=query.dtype)
     needs = (tensor is not None for tensor in arguments[6:9])
-    attention_bwd.attention_bwd(out, None, None, out, *_statistics(arguments), *arguments, *needs)
+    gradients = out, grad_lse, grad_weights
+    attention_bwd.attention_bwd(*gradients, out, *_statistics(arguments), *arguments, *needs)
 
 
 def _weights(*given: Any) -> None:
@@ -74,18 +83,42 @@ def _weights(*given: Any) -> None:
 _LAUNCHERS = {"attention_fwd": _forward, "attention_bwd": _backward, "attention_weights": _weights}
 
 
-def attention_cases(op: str, target: str) -> Iterator[Case]:
-    """The plain bfloat16 calls are the gated ones, and causal ones, whose hot loop must be the same."""
-    launch = _LAUNCHERS[op]
-    for D, D_v in POWERS + OTHERS:
-        for dtype in (BF16, F16, F32):
-            for mode in MODES:
-                if dtype is F16 and mode != "plain":
-                    continue
-                name = f"D={D} D_v={D_v} {str(dtype).removeprefix('torch.')} {mode}"
-                gated = D if dtype is BF16 and mode in ("plain", "causal") and D_v == D else None
-                yield Case(op, name, partial(launch, dtype, D, D_v, mode), gated)
-    if op == "attention_fwd":
+def _calls(op: str) -> Iterator[tuple[torch.dtype, int, int, str]]:
+    """(dtype, D, D_v, mode). First what tiles are chosen by, then what else a kernel is compiled for."""
+    for D in WIDTHS:
+        if op != "attention_weights":  # whose one tile everything holds most registers in
+            for mode in SIDES if op == "attention_fwd" else SIDES[:2]:
+                yield BF16, D, D, mode
+            yield F32, D, D, "plain"
         for dtype in (BF16, F32):
-            name = f"D=128 D_v=128 {str(dtype).removeprefix('torch.')} one query"
-            yield Case(op, name, partial(launch, dtype, 128, 128, "plain", M=1))
+            yield dtype, D, D, "everything"
+        if op == "attention_bwd":  # which writes the gradient of such a bias as it goes
+            yield BF16, D, D, "bias"
+    # A tile narrower than the entry's width; columns past the head's, which are masked; rows that are not
+    # aligned; and two widths.
+    for D, D_v, mode in ((16, 16, "plain"), (80, 80, "causal"), (65, 31, "plain"), (192, 128, "plain")):
+        yield BF16, D, D_v, mode
+    if op != "attention_weights":
+        for D in WIDTHS[:2]:
+            yield BF16, D, D, "packed"
+            yield BF16, D, D, "lengths"
+        yield BF16, 128, 128, "key mask"
+        yield F16, 128, 128, "plain"
+
+
+def attention_cases(op: str, target: str) -> Iterator[Case]:
+    """The plain bfloat16 calls are the gated ones; the figures of causal ones are told beside them."""
+    launch = _LAUNCHERS[op]
+    for dtype, D, D_v, mode in _calls(op):
+        name = f"D={D} D_v={D_v} {str(dtype).removeprefix('torch.')} {mode}"
+        told = dtype is BF16 and mode in SIDES[:2] and D_v == D
+        dim = D if told else None
+        call = partial(launch, dtype, D, D_v, mode)
+        yield Case(op, name, call, dim, told and mode == "plain", tensor_cores=dtype is not F32)
+    if op == "attention_fwd":
+        for D in WIDTHS:
+            for dtype, modes in ((BF16, (*SIDES, "everything")), (F32, ("plain", "everything"))):
+                for mode in modes:
+                    name = f"D={D} D_v={D} {str(dtype).removeprefix('torch.')} {mode}, one query"
+                    call = partial(launch, dtype, D, D, mode, M=1)
+                    yield Case(op, name, call, tensor_cores=dtype is not F32)

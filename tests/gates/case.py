@@ -10,8 +10,9 @@ class Case(NamedTuple):
     op: str  # one direction of an operator: "norm_fwd"
     name: str  # unique among the operator's
     call: Callable[[], Any]  # runs the launcher on tensors without memory; of CUDA C++, see `compiled`
-    # The head dim that limits.py is asked about; None where only the spill gate binds.
-    gated_dim: int | None = None
+    dim: int | None = None  # the head dim, where the hot loop's figures are always told
+    gated: bool = False  # whether limits.py binds them; where not, only the spill gate does
+    tensor_cores: bool = False  # whether its products belong there
     compiled: bool = False  # `call` takes the target and gives a Compiled: nothing is launched
 
 

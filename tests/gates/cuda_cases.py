@@ -75,9 +75,10 @@ def cuda_attention_cases(op: str, target: str) -> Iterator[Case]:
             for number, kind in enumerate(_KINDS):
                 if not _plans().attention_is_chosen(width, number, major):
                     continue
-                gated = width if dtype == "bfloat16" and kind == "whole" else None
+                gated = dtype == "bfloat16" and kind == "whole"
                 call = partial(_compile, width, dtype, kind)
-                yield Case(op, f"D={width} {dtype} {kind}", call, gated, compiled=True)
+                name = f"D={width} {dtype} {kind}"
+                yield Case(op, name, call, width, gated, tensor_cores=True, compiled=True)
 
 
 def cuda_attention_backward_cases(op: str, target: str) -> Iterator[Case]:
@@ -93,6 +94,7 @@ def cuda_attention_backward_cases(op: str, target: str) -> Iterator[Case]:
                 if width > 128 and most.value < 100 * 1024:
                     continue
                 kind = "plain" if plain else "general"
-                gated = width if dtype == "bfloat16" and plain else None
+                gated = dtype == "bfloat16" and plain
                 call = partial(_compile_backward, width, dtype, plain)
-                yield Case(op, f"D={width} {dtype} {kind}", call, gated, compiled=True)
+                name = f"D={width} {dtype} {kind}"
+                yield Case(op, name, call, width, gated, tensor_cores=True, compiled=True)

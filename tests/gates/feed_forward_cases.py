@@ -24,8 +24,8 @@ def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _call(op: str, dtype: torch.dtype, sizes: str, gated: bool, tile: int) -> None:
-    """The call where tile number `tile` of its kind is chosen for every product."""
-
+    """The call where tile number `tile` of its kind is chosen for every product, and without a gate K is
+    divided: with one, products are added to others, and hold more."""
     _, E, F, E_out = SIZES[sizes]
     x, w1, w2 = _empty(_ROWS, E, dtype=dtype), _empty(F, E, dtype=dtype), _empty(E_out, F, dtype=dtype)
     w_gate, b_gate = (w1, _empty(F, dtype=dtype)) if gated else (None, None)
@@ -34,7 +34,7 @@ def _call(op: str, dtype: torch.dtype, sizes: str, gated: bool, tile: int) -> No
     pre = _empty(_ROWS, F, dtype=dtype)
     pre_gate = torch.empty_like(pre) if gated else _empty(0, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
-        use_tile(patch, tile)
+        use_tile(patch, tile, parts=1 if gated else 2)
         if op == "feed_forward_fwd":
             feed_forward.feed_forward_fwd(*tensors, seed, "gelu", 0.1, True)
         else:
@@ -43,10 +43,14 @@ def _call(op: str, dtype: torch.dtype, sizes: str, gated: bool, tile: int) -> No
 
 
 def feed_forward_cases(op: str, target: str) -> Iterator[Case]:
-    for dtype in (BF16, F16, F32):
+    def case(dtype: torch.dtype, sizes: str, gated: bool, tile: int) -> Case:
+        name = f"{str(dtype).removeprefix('torch.')} tile {tile} {sizes}{' gated' * gated}"
+        return Case(op, name, partial(_call, op, dtype, sizes, gated, tile), tensor_cores=dtype is not F32)
+
+    for dtype in (BF16, F32):
         for sizes, (align, *_) in SIZES.items():
             tiles = configs.gemm_tiles(target, dtype.itemsize, align)
             for tile in range(max(map(len, tiles.values()))):
                 for gated in (False, True):
-                    name = f"{str(dtype).removeprefix('torch.')} tile {tile} {sizes}{' gated' * gated}"
-                    yield Case(op, name, partial(_call, op, dtype, sizes, gated, tile))
+                    yield case(dtype, sizes, gated, tile)
+    yield case(F16, "even", True, 0)  # whose tiles are bfloat16's

@@ -43,13 +43,15 @@ class Reading:
     target: str
     op: str
     case: str
-    gated_dim: int | None
+    dim: int | None
+    gated: bool
     kernel: str
     tile: str  # its constants and warps
     registers: int
     spilled: int  # bytes a thread
     shared: int  # bytes a program
     loop: HotLoop | None  # None but on NVIDIA's chips
+    tensor_cores: bool = False  # as the case says
 
 
 def _model_version() -> bytes:
@@ -94,16 +96,17 @@ def read(case: Case, target: str) -> list[Reading]:
         seen.add(compiled.hash)
         loop = _hot_loop(compiled.asm["cubin"]) if "cubin" in compiled.asm else None
         kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
-        place = target, case.op, case.name, case.gated_dim, kernel, _tile(launch)
-        readings.append(Reading(*place, *resources(compiled), loop))
+        place = target, case.op, case.name, case.dim, case.gated, kernel, _tile(launch)
+        readings.append(Reading(*place, *resources(compiled), loop, case.tensor_cores))
     return readings
 
 
 def _read_compiled(case: Case, target: str) -> Reading:
     kernel, tile, cubin, dynamic_shared = case.call(target)
     registers, spilled, shared = cubin_resources(cubin)
-    place = target, case.op, case.name, case.gated_dim, kernel, tile
-    return Reading(*place, registers, spilled, shared + dynamic_shared, _hot_loop(cubin))
+    place = target, case.op, case.name, case.dim, case.gated, kernel, tile
+    found = registers, spilled, shared + dynamic_shared
+    return Reading(*place, *found, _hot_loop(cubin), case.tensor_cores)
 
 
 def read_place(place: tuple[str, str, int]) -> list[Reading]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
 import pytest
 
 pytest.importorskip("triton")
@@ -11,7 +13,7 @@ from tests.triton.offline import SHARED_LIMIT, TARGETS
 
 from .__main__ import main
 from .hot_loop import HotLoop
-from .limits import LIMITS, RUN_PRODUCTS, misses, useful
+from .limits import EXCUSED_SPILLS, LIMITS, MOST_SPILLED, RUN_PRODUCTS, misses, useful
 from .readings import CASES, Reading, read
 
 # (operator and direction, target, case).
@@ -22,6 +24,12 @@ SOME = [
     ("norm_fwd", "sm_120", "C=16384 align=1 float32 dropout"),
     ("norm_fwd", "gfx942", "C=64 align=8 bfloat16 dropout"),
     ("norm_bwd", "gfx950", "C=16384 align=8 float16 rms"),
+    ("attention_fwd", "sm_90", "D=64 D_v=64 bfloat16 plain"),
+    ("attention_fwd", "sm_80", "D=64 D_v=64 bfloat16 window"),
+    ("attention_fwd", "sm_90", "D=128 D_v=128 bfloat16 everything, one query"),
+    ("attention_bwd", "sm_80", "D=64 D_v=64 bfloat16 causal"),
+    ("feed_forward_fwd", "sm_90", "bfloat16 tile 0 even"),
+    ("feed_forward_bwd", "sm_80", "bfloat16 tile 0 even"),
     ("attention_fwd_cuda", "sm_80", "D=128 bfloat16 whole"),
     ("attention_fwd_cuda", "sm_80", "D=64 bfloat16 whole"),
     ("attention_fwd_cuda", "sm_120", "D=128 float16 general"),
@@ -82,8 +90,8 @@ LOOP = HotLoop(
 
 
 def reading(op="attention_fwd", target="sm_90", dim=128, kernel="attention_fwd", **more):
-    given = {"registers": 255, "spilled": 0, "shared": 0, "loop": LOOP}
-    return Reading(target, op, "case", dim, kernel, "tile", **{**given, **more})
+    given = {"gated": True, "registers": 255, "spilled": 0, "shared": 0, "loop": LOOP, "tensor_cores": True}
+    return Reading(target, op, "case", dim, kernel=kernel, tile="tile", **{**given, **more})
 
 
 @pytest.mark.parametrize(
@@ -96,8 +104,10 @@ def reading(op="attention_fwd", target="sm_90", dim=128, kernel="attention_fwd",
         ({"loop": HotLoop(**{**vars(LOOP), "nt": 2.11})}, "nt is 2.11; at most 2.1 allowed"),
         ({"loop": HotLoop(**{**vars(LOOP), "w1": 0.69})}, "w1 is 0.69; at least 0.7 wanted"),
         ({"loop": HotLoop(**{**vars(LOOP), "mix": {}})}, "no product on tensor cores"),
+        ({"loop": HotLoop(**{**vars(LOOP), "mix": {}}), "tensor_cores": False}, None),
         # Only the spill gate binds a call that is not the plain one.
-        ({"dim": None, "loop": HotLoop(**{**vars(LOOP), "nt": 9.0, "w1": 0.1})}, None),
+        ({"gated": False, "loop": HotLoop(**{**vars(LOOP), "nt": 9.0, "w1": 0.1})}, None),
+        ({"gated": False, "spilled": 4}, "spills 4 bytes"),
     ],
 )
 def test_misses(more, sentence):
@@ -121,8 +131,9 @@ def test_what_is_computed_twice_counts_against_the_kernels(monkeypatch):
 
 
 def test_the_command_fails_on_a_miss(monkeypatch, capsys):
-    spilling = reading("norm_fwd", "sm_90", None, "norm_fwd", spilled=8)
-    places = []
+    """One case spills, and one does not compile, which keeps no other from being told."""
+    good = [reading("norm_fwd", "sm_90", None, "norm_fwd")]
+    found = []
 
     class Here:
         def __init__(self, *arguments):
@@ -131,13 +142,27 @@ def test_the_command_fails_on_a_miss(monkeypatch, capsys):
         __enter__ = lambda self: self
         __exit__ = lambda self, *error: None
 
-        def map(self, read_place, sent, chunksize):
-            places.extend(sent)
-            return [[spilling]] * (len(sent) - 1) + [[reading("norm_fwd", "sm_90", None, "norm_fwd")]]
+        def submit(self, read_place, place):
+            future, result = Future(), found.pop(0)
+            done = future.set_exception if isinstance(result, Exception) else future.set_result
+            done(result)
+            return future
 
     monkeypatch.setattr("tests.gates.__main__.ProcessPoolExecutor", Here)
-    assert main(["--op", "norm_fwd", "--target", "sm_90", "--case", "C=64 align=8 b"]) == 1
+    spilling = [reading("norm_fwd", "sm_90", None, "norm_fwd", spilled=8)]
+    some = ["--op", "norm_fwd", "--target", "sm_90", "--case"]
+    found[:] = good, spilling, RuntimeError("ptxas"), good, good
+    assert main([*some, "C=64 align=8"]) == 1
     printed = capsys.readouterr().out
-    assert len(places) == 2 and printed.count("MISSED: norm_fwd spills 8 bytes") == 1
-    assert "2 cases, 2 kernels; 1 cases miss a limit" in printed
-    assert main(["--op", "norm_fwd", "--target", "sm_90", "--case", "C=64 align=8 bfloat16 dropout"]) == 0
+    assert not found
+    assert printed.count("MISSED: norm_fwd spills 8 bytes") == 1
+    assert "MISSED: norm_fwd sm_90 C=64 align=8 float32 dropout: RuntimeError: ptxas" in printed
+    assert "5 cases, 4 kernels; 2 cases miss a limit" in printed
+    found[:] = [good]
+    assert main([*some, "C=64 align=8 bfloat16 dropout"]) == 0
+
+
+def test_what_is_excused_is_little_and_a_case():
+    for (kernel, target, name), allowed in EXCUSED_SPILLS.items():
+        assert MOST_SPILLED < allowed <= 16, kernel
+        assert any(case.name == name for op in CASES for case in CASES[op](target)), name

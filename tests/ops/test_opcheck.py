@@ -1,4 +1,4 @@
-"""torch.library.opcheck of every raw operator of the cpu backend: schema, fake, aliasing."""
+"""torch.library.opcheck of every raw operator that runs on CPU tensors: schema, fake, aliasing, dispatch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import torch
 from fastformer.testing import attention_inputs, feed_forward_inputs, norm_inputs
 
 from .attention_cases import Draw, cumulated
-from .judging import HAS_EXTENSION
+from .judging import BACKENDS, skip_unless_built
 
-pytestmark = pytest.mark.skipif(
-    not HAS_EXTENSION, reason="the _cpu operators are implemented by the compiled extension"
-)
+KERNELS = [backend for backend in BACKENDS if backend not in ("reference", None)]
 
 SEED = torch.tensor([3])
 B, H, H_KV, M, N, D, D_V = 2, 4, 2, 5, 9, 8, 6
@@ -44,9 +42,10 @@ def attention_tensors():
     }
 
 
-def attention_calls(op):
+def attention_calls(op, backend):
+    run = lambda name, *arguments: getattr(torch.ops.fastformer, f"{name}_{backend}")(*arguments)
     for tensors, spec in attention_tensors().values():
-        out, lse, row_max, row_sum = torch.ops.fastformer.attention_fwd_cpu(*tensors, *spec)
+        out, lse, row_max, row_sum = run("attention_fwd", *tensors, *spec)
         packed = tensors[10] is not None
         if op == "attention_fwd":
             yield (*tensors, *spec)
@@ -54,7 +53,7 @@ def attention_calls(op):
             for mean in (False, True):
                 yield (row_max, row_sum, *tensors, *spec, mean)
         else:
-            weights = torch.ops.fastformer.attention_weights_cpu(row_max, row_sum, *tensors, *spec, False)
+            weights = run("attention_weights", row_max, row_sum, *tensors, *spec, False)
             saved = (out, row_max, row_sum, *tensors, *spec)
             everything = (tensors[6] is not None, tensors[7] is not None, tensors[8] is not None)
             yield (torch.ones_like(out), torch.ones_like(lse), torch.ones_like(weights), *saved, *everything)
@@ -63,7 +62,7 @@ def attention_calls(op):
                 yield (None, torch.ones_like(lse), None, *saved, *everything)
 
 
-def norm_calls(op):
+def norm_calls(op, backend):
     x, residual, weight, bias = norm_inputs(3, 4, 16).values()
     if op == "norm_fwd":
         yield (x, residual, weight, bias, SEED, False, 1e-5, 0.1)
@@ -74,7 +73,8 @@ def norm_calls(op):
     yield (x, None, x, None, torch.empty(0), rstd, None, True, 0.0, False, False)
 
 
-def feed_forward_calls(op):
+def feed_forward_calls(op, backend):
+    forward = getattr(torch.ops.fastformer, f"feed_forward_fwd_{backend}")
     f = feed_forward_inputs(3, 7, gated=True)
     gated = (f["x"], f["w1"], f["b1"], f["w_gate"], f["b_gate"], f["w2"], f["b2"], SEED)
     plain = (f["x"], f["w1"], None, None, None, f["w2"], None, None)
@@ -86,7 +86,7 @@ def feed_forward_calls(op):
             continue
         given = tuple(tensor is not None for tensor in tensors[:-1])
         for save_pre in (False, True):
-            out, pre, pre_gate = torch.ops.fastformer.feed_forward_fwd_cpu(*tensors, activation, p, save_pre)
+            out, pre, pre_gate = forward(*tensors, activation, p, save_pre)
             saved = (torch.ones_like(out), pre, pre_gate, *tensors, activation, p)
             yield (*saved, *given)
             yield (*saved, True, *(False,) * 6)
@@ -99,8 +99,10 @@ CALLS = {
 }
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("op", CALLS)
-def test_opcheck(op):
-    operator = getattr(torch.ops.fastformer, f"{op}_cpu").default
-    for arguments in CALLS[op](op):
+def test_opcheck(op, backend):
+    skip_unless_built(backend)
+    operator = getattr(torch.ops.fastformer, f"{op}_{backend}").default
+    for arguments in CALLS[op](op, backend):
         torch.library.opcheck(operator, arguments)

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 import fastformer
 from fastformer.backends import triton as backend
-from fastformer.testing import attention_inputs, outputs_and_gradients
+from fastformer.testing import attention_inputs, feed_forward_inputs, outputs_and_gradients
 
 from .offline import catch_launches
 
@@ -86,6 +86,39 @@ def test_tiles_of_attention_are_those_launched(launches, D, M, more):
     assert explanation.configurations["attention_fwd"].startswith(tile("_attention_fwd_kernel"))
     keys, queries = tile("_key_gradients_kernel"), tile("_query_gradients_kernel")
     assert explanation.configurations["attention_bwd"] == f"keys: {keys}; queries: {queries}"
+
+
+@pytest.mark.parametrize(
+    "E, F, E_out, gated", [(64, 256, 64, False), (64, 1024, 128, True), (33, 70, 19, True)]
+)
+@pytest.mark.parametrize("rows", (3, 300, 4000))
+def test_tiles_of_feed_forward_are_those_launched(launches, rows, E, F, E_out, gated):
+    inputs = feed_forward_inputs(
+        rows, E=E, F=F, E_out=E_out, gated=gated, dtype=torch.bfloat16, requires_grad=True
+    )
+    call = partial(fastformer.feed_forward, activation="swiglu" if gated else "gelu", backend="triton")
+    explanation = fastformer.explain(call, **inputs)
+    assert not launches
+    outputs_and_gradients(call, **inputs)
+    fields = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    tiles = [
+        ", ".join(f"{field.lower()}={launch.options[field]}" for field in fields)
+        for launch in launches
+        if "BLOCK_K" in launch.options
+    ]
+    named = {
+        direction: dict(kernel.split(": ") for kernel in explanation.configurations[direction].split("; "))
+        for direction in ("feed_forward_fwd", "feed_forward_bwd")
+    }
+    hidden, out, hidden_bwd, x, w1, *w_gate, w2 = tiles
+    assert len(w_gate) == gated and all(tile == w1 for tile in w_gate)
+    wanted = {
+        "feed_forward_fwd": {"hidden": hidden, "out": out},
+        "feed_forward_bwd": {"hidden": hidden_bwd, "x": x, "w1": w1, "w2": w2},
+    }
+    for direction, of_kernels in wanted.items():
+        assert named[direction].keys() == of_kernels.keys()
+        assert all(named[direction][kernel].startswith(tile) for kernel, tile in of_kernels.items())
 
 
 def test_nothing_is_told_of_an_empty_call_or_of_another_backend(launches):

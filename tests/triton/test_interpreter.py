@@ -22,8 +22,19 @@ def run_interpreted(*arguments):
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
 
 
+def run_contract(*arguments):
+    """The tests of every backend, on this one."""
+    run_interpreted("-p", "tests.triton.contract_plugin", *arguments)
+
+
 def test_kernels():
     run_interpreted("tests/triton/interpreted", "-m", "not slow")
+
+
+def test_some_of_the_contract():
+    hidden = "tests/ops/test_attention_hidden.py::test_keys_hidden_from_every_query_change_no_bit"
+    some = (f"{hidden}[{how}-nan-triton]" for how in ("lengths", "mask per head"))
+    run_contract(*some)
 
 
 @pytest.mark.slow
@@ -35,11 +46,13 @@ def test_kernels_at_length():
 @pytest.mark.parametrize(
     "chosen, names",
     [
+        ("tests/ops/test_attention_hidden.py", "attention or hidden or dead or nan or scores"),
+        ("tests/ops/test_opcheck.py", "opcheck"),
         ("tests/ops/test_norm.py", "norm"),
         ("tests/ops/test_dropout.py", "norm or feed_forward or recompute"),
         ("tests/ops/test_feed_forward.py", "feed_forward"),
     ],
 )
 def test_the_operators_contract(chosen, names):
-    """The tests of every backend, on this one: slow for its 65539 columns in every dtype."""
-    run_interpreted("-p", "tests.triton.contract_plugin", chosen, "-k", f"({names}) and triton")
+    """Slow for the norms' 65539 columns in every dtype."""
+    run_contract(chosen, "-k", f"({names}) and triton")

@@ -92,11 +92,20 @@ def test_weights(weights):
     judge_attention(inputs, backend="triton")
 
 
+def test_heads_of_a_group_see_different_keys():
+    """No query head sees a whole tile of keys that the other one reads."""
+    inputs = attention_inputs(1, 4, 20, 160, 16, H_kv=2, requires_grad=True)
+    mask = torch.zeros(1, 4, 1, 160, dtype=torch.bool)
+    mask[:, 0, :, :10] = mask[:, 1, :, 140:] = mask[:, 2, :, 60:70] = mask[:, 3, :, 3:150:2] = True
+    judge_attention(inputs | {"mask": mask, "return_lse": True}, backend="triton")
+
+
 @pytest.mark.parametrize("poison", (torch.nan, torch.inf), ids=str)
-def test_keys_hidden_from_every_query_change_no_bit(poison):
+def test_hidden_keys_under_a_softcap_change_no_bit(poison):
     inputs = attention_inputs(H=2, M=20, N=70, D=40, requires_grad=True)
     real = Draw(torch.float32).bools(2, 70, p=0.5)
-    how = {"key_padding_mask": real, "return_lse": True, "return_weights": True, "backend": "triton"}
+    how = {"key_padding_mask": real, "softcap": 3.0, "return_lse": True, "return_weights": True}
+    how["backend"] = "triton"
     clean = outputs_and_gradients(fastformer.attention, **inputs, **how)
     poisoned = dict(inputs)
     poisoned["key"], poisoned["value"] = (
