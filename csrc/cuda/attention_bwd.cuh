@@ -1,11 +1,9 @@
 // Attention backward: one pass over keys with five products (Dao, "FlashAttention-2", 2023).
 //   w_ij = exp(s_ij - row_max_i) / row_sum_i
 //   ds_ij = w_ij (keep_ij (grad_out_i . v_j) / (1 - p) + offset_i), offset = grad_lse - delta
-//   dv_j = sum_i keep_ij w_ij / (1 - p) grad_out_i    dk_j = scale sum_i ds_ij q_i    dq_i = scale sum_j
-//   ds_ij k_j
+//   dv_j = sum_i keep_ij w_ij / (1 - p) grad_out_i    dk_j = scale sum_i ds_ij q_i    dq_i = scale ds_i k
 // A block holds the sums of dK and dV of its keys in registers and walks over the queries. Each tile of dQ
-// lies in a float32 workspace, to which the blocks of keys add in their order: no atomics, the same bits
-// always.
+// lies in a float32 workspace, to which blocks of keys add in their order: no atomics, the same bits always.
 //
 // Why not a pass of its own for dQ, which would write nothing but dQ: at D = 128 a step of 64 queries and 128
 // keys takes 320 mma.m16n8k16 of a warp; adding to dQ takes 16 loads and stores of 16 bytes, some 20 more
@@ -46,7 +44,7 @@ struct BackwardPass {
 
   const AttentionBwdParams& p;
   const AttentionFwdParams& call;
-  // In shared memory: what full blocks do not need takes no registers there.
+  // In shared memory, so as to take no registers.
   const KeyTile& keys;
   const Head& head;
   const HeadQueries& queries;
@@ -57,7 +55,6 @@ struct BackwardPass {
   const int warp_row = warp % kScoreRows * 16 * kRowTiles;
   const int warp_key = warp / kScoreRows * 8 * kTiles;
   const uint32_t shared;
-  // One register each, and not one for what they are made of.
   const uint32_t rows_of_warp = forgotten(units_then_rows<kD>(shared) + warp_row * kPanelPitch);
   RealKeys real;  // unless kPlain
   uint64_t seed = 0;
@@ -162,6 +159,9 @@ struct BackwardPass {
   }
 
   __device__ __forceinline__ void hide_some(int i0, int j0, Scores& scores) const {
+    // (At D = 256 no register is left to know by.)
+    const bool full = kD <= 128 && tile >= tiles.full_begin && tile < tiles.full_end;
+    if (!full) hide_outside(call, head, i0, j0, scores);
     if (call.padding.data != nullptr || call.key_mask.data != nullptr) {
       hide_keys(RealKeys{real.bits >> warp_key}, scores);
     }
@@ -181,7 +181,7 @@ struct BackwardPass {
     if constexpr (!kPlain) {
       if (call.logits) make_logits(i0, j0, scores, slopes);
     }
-    if constexpr (kEdge) hide_outside(call, head, i0, j0, scores);
+    if constexpr (kPlain && kEdge) hide_outside(call, head, i0, j0, scores);
     if constexpr (!kPlain) hide_some(i0, j0, scores);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {

@@ -60,7 +60,9 @@ constexpr int shared_bytes_of(const BackwardTile& tile, int block_d) {
 }
 
 // Wider tiles read less of shared memory for a product: ldmatrix brings 32 rows to a warp for 32 or 64
-// columns. The general kernel has half the keys, and fits 99 KB up to D = 128.
+// columns. The general kernel has half the keys, and fits 99 KB up to D = 128: it serves plain calls too
+// where there is no more. It runs twice the instructions, which there, where tensor cores have half of an
+// A100's rate, find their slots: 6 of 16 for a product at D = 128.
 constexpr BackwardTile backward_tile(int block_d, bool plain) {
   if (!plain || block_d > 128) return {64, 64, 4, 2, 2, 1, 1};
   if (block_d > 64) return {64, 128, 2, 4, 2, 2, 1};
