@@ -136,17 +136,10 @@ struct BackwardPass {
     scale_and_cap(call, scores);
     if (call.softcap != 0.0f) {
       const float inverse = 1.0f / call.softcap;
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const float capped = scores[m][n][e] * inverse;
-            slopes[m][n][e] = fmaf(-capped, capped, 1.0f);
-          }
-        }
-      }
+      for_each(slopes, [&](float& slope, int m, int n, int e) {
+        const float capped = scores[m][n][e] * inverse;
+        slope = fmaf(-capped, capped, 1.0f);
+      });
     }
     if (call.bias.data != nullptr) {
       if (call.bias_pairs) {
@@ -251,14 +244,7 @@ struct BackwardPass {
   // The offset comes with the product, unless dropout is to come between.
   __device__ __forceinline__ void start_gradients(const RowPivot (&pivots)[kRowTiles][2],
                                                   Scores& grads) const {
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) grads[m][n][e] = kPlain ? pivots[m][e / 2].offset : 0.0f;
-      }
-    }
+    for_each(grads, [&](float& grad, int m, int, int e) { grad = kPlain ? pivots[m][e / 2].offset : 0.0f; });
   }
 
   // P and dS of the tile at hand, into shared memory.
@@ -279,14 +265,7 @@ struct BackwardPass {
     if constexpr (!kPlain) {
       if (call.threshold > 0) {
         Scores kept;
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) kept[m][n][e] = weights[m][n][e];
-          }
-        }
+        for_each(kept, [&](float& value, int m, int n, int e) { value = weights[m][n][e]; });
         drop_both(kept, grads);
         store_tile<kBlockM>(place, kept, kType);
       } else {
@@ -299,14 +278,7 @@ struct BackwardPass {
         write_bias_gradient(p.grad_bias, head, tile * kBlockM + warp_row, keys.n0 + warp_key, grads);
       }
       if (call.softcap != 0.0f) {
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) grads[m][n][e] *= slopes[m][n][e];
-          }
-        }
+        for_each(grads, [&](float& value, int m, int n, int e) { value *= slopes[m][n][e]; });
       }
     }
     store_tile<kBlockM>(place + kScores, grads, kType);

@@ -186,18 +186,6 @@ struct QuerySums {
   }
 };
 
-template <int kRowTiles, int kTiles>
-__device__ __forceinline__ void scale_all(float (&values)[kRowTiles][kTiles][4], float scale) {
-#pragma unroll
-  for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) values[m][n][e] *= scale;
-    }
-  }
-}
-
 // dQ of a tile of queries a block, from its sums; zeros where no block of keys was visible.
 template <DType kType, int kD, bool kPlain>
 __global__ void __launch_bounds__(backward_tile(kD, kPlain).threads())

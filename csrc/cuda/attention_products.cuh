@@ -43,13 +43,27 @@ __device__ __forceinline__ void store_tile(uint32_t place, const float (&values)
   }
 }
 
-template <int kRowTiles, int kTiles>
-__device__ __forceinline__ void set_zero(float (&sum)[kRowTiles][kTiles][4]) {
+// change(element, m, n, e) for every element of a warp's accumulators.
+template <int kRowTiles, int kTiles, typename Change>
+__device__ __forceinline__ void for_each(float (&values)[kRowTiles][kTiles][4], Change change) {
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) sum[m][n][0] = sum[m][n][1] = sum[m][n][2] = sum[m][n][3] = 0.0f;
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) change(values[m][n][e], m, n, e);
+    }
   }
+}
+
+template <int kRowTiles, int kTiles>
+__device__ __forceinline__ void set_zero(float (&sum)[kRowTiles][kTiles][4]) {
+  for_each(sum, [](float& value, int, int, int) { value = 0.0f; });
+}
+
+template <int kRowTiles, int kTiles>
+__device__ __forceinline__ void scale_all(float (&values)[kRowTiles][kTiles][4], float scale) {
+  for_each(values, [&](float& value, int, int, int) { value *= scale; });
 }
 
 // sum += a b over kSteps times 16 of what both share. load_a(step, m, words) loads 16 rows of a, load_b(step,
