@@ -1,5 +1,6 @@
 """CUDA attention's gradients, run from PTX: right for every argument, width, type and layout."""
 
+import ctypes
 import itertools
 import re
 
@@ -19,8 +20,8 @@ from tests.ops.judging import assert_same_bits
 
 from tests.ptxvm import nvcc
 
-from .emulated_attention_backward import ADA
-from .structures import CSRC
+from .emulated_attention_backward import A100, ADA, AttentionBwdParams, AttentionBwdPlan
+from .structures import CSRC, plans
 
 pytestmark = pytest.mark.usefixtures("gradient_emulator")
 
@@ -151,9 +152,9 @@ def launched(emulator, name):
 
 
 def test_traffic(gradient_emulator):
-    """One block of keys over two tiles of queries: everything is read and written once, in whole sectors and
-    without bank conflicts; beside dQ's float32 sums, which begin as zeros that all warps share, and what a row
-    gives by itself, which each warp reads."""
+    """One block of keys over two tiles of queries reads and writes everything once, in whole sectors and
+    without bank conflicts; beside dQ's float32 sums, which begin as zeros that all warps share, and pivots,
+    which each warp reads."""
     inputs = attention_inputs(1, 1, 128, 128, 128, dtype=BF16, requires_grad=True)
     fastformer.attention(**inputs, backend="cuda").sum().backward()
     (counters,) = launched(gradient_emulator, "keys")
@@ -187,6 +188,34 @@ def test_other_targets(gradient_emulator, arch):
         gradient_emulator.most_shared = ADA
     judge_here(some_inputs(128, causal="lower_right"))
     judge_here(call("everything", BF16))
+
+
+@hypothesis.given(
+    lengths=st.lists(st.integers(0, 300), min_size=1, max_size=6),
+    D=st.sampled_from((64, 128, 256)),
+    most=st.sampled_from((A100, ADA)),
+)
+def test_packed_tiles_have_slots_of_their_own(ptx_cache, lengths, D, most):
+    """As slot_of_tile counts them: none is shared, and the plan's number is enough."""
+    p, plan = AttentionBwdParams(), AttentionBwdPlan()
+    p.call.B, p.call.H, p.call.group, p.call.D, p.call.D_v = len(lengths), 1, 1, D, D
+    p.call.M = p.call.N = max(lengths)
+    p.call.starts_q = 1
+    total = sum(lengths)
+    sizes = ctypes.c_int64(total), ctypes.c_int64(most)
+    plans().plan_attention_backward(ctypes.byref(p), *sizes, ctypes.byref(plan))
+    if D == 256 and most == ADA:
+        assert plan.block_d == 0
+        return
+    assert plan.block_d == D and plan.shared_bytes + 1024 <= most
+    starts = itertools.accumulate(lengths, initial=0)
+    taken = [
+        start // plan.block_m + b + tile
+        for b, (start, length) in enumerate(zip(starts, lengths, strict=False))
+        for tile in range(-(-length // plan.block_m))
+    ]
+    assert len(set(taken)) == len(taken) and max(taken, default=0) < p.slots
+    assert plan.rows == p.slots * plan.block_m
 
 
 @pytest.mark.slow
