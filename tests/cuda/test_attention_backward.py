@@ -55,9 +55,13 @@ def some_inputs(D, dtype=BF16, M=140, N=300, **more):
     return inputs | {"return_lse": True} | more
 
 
-@pytest.mark.parametrize("D, span", ((64, {"causal": "lower_right"}), (128, {"window": (60, 20)})), ids=str)
-def test_full_and_edge_blocks(D, span):
-    judge_here(some_inputs(D, **span))
+@pytest.mark.parametrize(
+    "D, M, N, span",
+    [(64, 140, 300, {"causal": "lower_right"}), (128, 200, 200, {"window": (170, 30)})],
+    ids=("causal", "window"),
+)
+def test_full_and_edge_blocks(D, M, N, span):
+    judge_here(some_inputs(D, M=M, N=N, **span))
 
 
 SPANS = ({}, {"causal": "lower_right"}, {"window": (90, 40)}, {"key_lengths": torch.tensor([270])})
