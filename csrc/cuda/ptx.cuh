@@ -60,8 +60,15 @@ __device__ __forceinline__ float reciprocal_approximate(float x) {
   return inverse;
 }
 
-// `pointer`, of which the compiler knows nothing any more: it computes what follows from it step by step, and
-// not all of it at once, in registers of its own.
+// `value`, of which the compiler knows nothing any more: what is computed from it in a loop is not kept in
+// registers around the loop.
+__device__ __forceinline__ uint32_t forgotten(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// The same of a pointer: what follows from it is computed step by step, and not all of it at once, in
+// registers of its own.
 __device__ __forceinline__ const uint16_t* forgotten(const uint16_t* pointer) {
   asm("" : "+l"(pointer));
   return pointer;
