@@ -86,13 +86,19 @@ def choose(op: str, spec: Any, tensors: tuple[Tensor | None, ...], backend: str)
         on_cpu = tensors[0].device.type == "cpu"  # type: ignore[union-attr]
         for candidate in _ON_CPU if on_cpu else _ELSEWHERE:
             if candidate.why_not(op, spec, tensors) is None:
-                return candidate
+                return triton if candidate is cuda and _triton_first(op, spec, tensors) else candidate
         raise AssertionError("reference serves everything")
     module = BACKENDS[backend]
     reason = module.why_not(op, spec, tensors)
     if reason is not None:
         raise BackendError(f"backend {backend!r} cannot run {op}: {reason}")
     return module
+
+
+def _triton_first(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a call that cuda serves is better left to Triton, which serves it too."""
+    device = tensors[0].device  # type: ignore[union-attr]
+    return cuda.gives_way(op, device) and triton.why_not(op, spec, tensors) is None
 
 
 def backend_name(module: ModuleType) -> str:
@@ -160,6 +166,12 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         and tensor.shape[-1] > 1
         and tensor.stride(-1) not in (0, 1)
     )
+    if backend == "auto":
+        notes += tuple(
+            f"cuda serves {direction} too, and gives way to triton on this device"
+            for direction, name in backends.items()
+            if name == "triton" and "cuda" not in refusals[direction]
+        )
     configurations = {
         direction: chosen
         for direction, name in backends.items()

@@ -4,22 +4,10 @@
 
 #include <vector>
 
+#include "../attention_arguments.h"
 #include "tensors.h"
 
 namespace fastformer::cpu {
-
-// Arguments in the order of the operators' schemas.
-struct AttentionArguments {
-  const Tensor &query, &key, &value;
-  const std::optional<Tensor>&mask, &key_padding_mask, &key_lengths, &bias, &relative_bias, &sink, &seed;
-  const std::optional<Tensor>&cu_seqlens_q, &cu_seqlens_k;
-  double scale;
-  std::optional<int64_t> left, right;
-  bool lower_right;
-  std::optional<double> softcap;
-  double dropout_p;
-  std::optional<int64_t> max_seqlen_q, max_seqlen_k;
-};
 
 // Owns what the struct points to, so it lives as long as the kernels run.
 class AttentionCall {

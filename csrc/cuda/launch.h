@@ -6,10 +6,13 @@
 #include <optional>
 #include <tuple>
 
+#include "../attention_arguments.h"
+
 namespace fastformer::cuda {
 
 using torch::stable::Tensor;
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 FourTensors norm_fwd(const Tensor& x, const std::optional<Tensor>& residual,
                      const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
@@ -19,5 +22,14 @@ FourTensors norm_bwd(const Tensor& grad_out, const std::optional<Tensor>& grad_s
                      const std::optional<Tensor>& weight, const Tensor& mean, const Tensor& rstd,
                      const std::optional<Tensor>& seed, bool rms, double dropout_p, bool need_dweight,
                      bool need_dbias);
+
+// out, lse, row_max, row_sum
+FourTensors attention_fwd(FASTFORMER_ATTENTION_PARAMETERS);
+
+// Gradients of query, key, value, bias, relative_bias and sink; empty where they are not needed.
+SixTensors attention_bwd(const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_lse,
+                         const std::optional<Tensor>& grad_weights, const Tensor& out, const Tensor& row_max,
+                         const Tensor& row_sum, FASTFORMER_ATTENTION_PARAMETERS, bool need_bias,
+                         bool need_relative_bias, bool need_sink);
 
 }  // namespace fastformer::cuda

@@ -112,14 +112,19 @@ class OnDevice {
 
   cudaStream_t stream() const { return stream_; }
 
-  int multiprocessors() const {
-    int count = 0;
-    const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_);
-    STD_TORCH_CHECK(error == cudaSuccess, "CUDA device ", device_, ": ", cudaGetErrorString(error));
-    return count;
-  }
+  int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+
+  // Of its compute capability.
+  int major() const { return attribute(cudaDevAttrComputeCapabilityMajor); }
 
  private:
+  int attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&value, which, device_);
+    STD_TORCH_CHECK(error == cudaSuccess, "CUDA device ", device_, ": ", cudaGetErrorString(error));
+    return value;
+  }
+
   // RTLD_DEFAULT does not see libraries that Python loaded privately.
   static void* find(const char* symbol) {
     void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);

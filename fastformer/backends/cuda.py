@@ -1,21 +1,33 @@
-"""The CUDA C++ half of fastformer._C: norms so far, on CUDA tensors."""
+"""The CUDA C++ half of fastformer._C: norms and attention so far, on CUDA tensors."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..specs import AttentionSpec
 from . import raw_ops
 
-_SERVED = ("norm_fwd", "norm_bwd")
+_SERVED = ("norm_fwd", "norm_bwd", "attention_fwd", "attention_bwd")
 _OLDEST_CAPABILITY = (8, 0)
 # Grids and row numbers are 32-bit.
 _MAX_ROWS = 2**31 - 1
 _MAX_COLUMNS = 2**30
+_MAX_HEAD_DIM = 256
+# Queries and keys together, so that sums of positions stay 32-bit.
+_MAX_POSITIONS = 2**29
+# A tile has 128 queries, of which so few would leave most rows empty, and one block walks all of their keys.
+_FEW_QUERIES, _MANY_KEYS = 16, 512
+# Of chips whose blocks may have 99 KB of shared memory, and what attention's gradients then go up to.
+_LITTLE_SHARED = ((8, 6), (8, 9), (12, 0), (12, 1))
+_MAX_SMALL_HEAD_DIM = 128
+# Major compute capabilities whose tensor cores take whole tiles from shared memory.
+_FED_FROM_SHARED = (9, 10)
 
 
 def _driver_major() -> int:
@@ -104,12 +116,95 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
     refusal = _unusable(first.device) or raw_ops.dtype_refusal(tensors)
     if refusal is not None:
         return refusal
-    columns = first.shape[-1]
+    if op == "attention_fwd":
+        return _attention_refusal(spec, tensors) or _few_queries(spec, tensors)
+    if op == "attention_bwd":
+        return _attention_refusal(spec, tensors) or _gradient_refusal(spec, tensors)
+    return _norm_refusal(first)
+
+
+def _norm_refusal(x: Tensor) -> str | None:
+    columns = x.shape[-1]
     if columns > _MAX_COLUMNS:
         return f"its kernels take at most {_MAX_COLUMNS} columns"
-    if first.numel() > _MAX_ROWS * columns:
+    if x.numel() > _MAX_ROWS * columns:
         return f"its kernels take at most {_MAX_ROWS} rows"
     return None
+
+
+def _attention_refusal(spec: AttentionSpec, tensors: tuple[Tensor | None, ...]) -> str | None:
+    query, key, value = tensors[:3]
+    assert query is not None and key is not None and value is not None
+    if query.dtype == torch.float32:
+        return "its attention multiplies bfloat16 and float16, not float32"
+    if spec.return_weights is not None:
+        return "its attention returns no weights yet"
+    for name, width in (("query", query.shape[-1]), ("value", value.shape[-1])):
+        if not 1 <= width <= _MAX_HEAD_DIM:
+            return f"its attention takes head dims of 1 to {_MAX_HEAD_DIM}, and {name}'s is {width}"
+    M, N = _lengths(spec, query, key)
+    if M + N >= _MAX_POSITIONS or math.prod(query.shape[:-1]) > _MAX_ROWS:
+        return (
+            f"its attention takes {_MAX_POSITIONS} queries and keys of a head, and {_MAX_ROWS} rows, at most"
+        )
+    return None
+
+
+def _lengths(spec: AttentionSpec, query: Tensor, key: Tensor) -> tuple[int, int]:
+    packed = query.dim() == 3
+    M, N = (spec.max_seqlen_q, spec.max_seqlen_k) if packed else (query.shape[2], key.shape[2])
+    assert M is not None and N is not None
+    return M, N
+
+
+def _few_queries(spec: AttentionSpec, tensors: tuple[Tensor | None, ...]) -> str | None:
+    query, key = tensors[:2]
+    assert query is not None and key is not None
+    M, N = _lengths(spec, query, key)
+    if M <= _FEW_QUERIES and N >= _MANY_KEYS:
+        return f"its attention does not divide the keys of few queries, here {N} of {M}, among blocks yet"
+    return None
+
+
+def _gradient_refusal(spec: AttentionSpec, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """What attention's backward does not do beside what forward does not."""
+    query, key, value, bias, relative_bias = (tensors[place] for place in (0, 1, 2, 6, 7))
+    assert query is not None and key is not None and value is not None
+    if _wants_gradient(relative_bias):
+        return "its attention has no gradient of relative_bias yet"
+    if _wants_gradient(bias):
+        assert bias is not None
+        B = query.shape[0] if query.dim() == 4 else len(tensors[10]) - 1  # type: ignore[arg-type]
+        if bias.shape != (B, query.shape[1], *_lengths(spec, query, key)):
+            return "its attention has no gradient of a bias that is broadcast yet"
+    if max(query.shape[-1], value.shape[-1]) > _MAX_SMALL_HEAD_DIM and _has_little_shared(query.device):
+        return (
+            f"its attention's gradients at head dims over {_MAX_SMALL_HEAD_DIM} take 145 KB of shared memory"
+        )
+    return None
+
+
+def _wants_gradient(tensor: Tensor | None) -> bool:
+    """Under a transform of torch.func it cannot be told, and is assumed."""
+    if tensor is None:
+        return False
+    return tensor.requires_grad or torch._C._are_functorch_transforms_active()
+
+
+def gives_way(op: str, device: torch.device) -> bool:
+    """Whether "auto" should prefer Triton's kernel, where that serves the call: these take their operands
+    from registers, which is half the rate of tensor cores that take tiles from shared memory."""
+    return op in ("attention_fwd", "attention_bwd") and _is_fed_from_shared(device)
+
+
+@raw_ops.constant_in_graphs
+def _is_fed_from_shared(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] in _FED_FROM_SHARED
+
+
+@raw_ops.constant_in_graphs
+def _has_little_shared(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) in _LITTLE_SHARED
 
 
 globals().update(raw_ops.functions("cuda", _SERVED))

@@ -1,75 +1,26 @@
 """The CUDA norms on CPU tensors: the launcher's part in Python, the plan from norm_plan.h, the PTX on ptxvm.
 
-Parameters have the layout that norm_plan.h declares, read from its text; which kernel runs, and on which
-grid, its own functions say, compiled for the host.
+Parameters have the layout that the headers of csrc declare, read from their text (see structures.py); which
+kernel runs, and on which grid, the plan's own functions say, compiled for the host.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
 import math
-import os
-import re
-import shutil
-import subprocess
-import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import pytest
 import torch
 
 from tests import ptxvm
 from tests.ptxvm import nvcc
 
-CSRC = Path(__file__).parents[2] / "csrc"
-HERE = Path(__file__).parent
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-SCALARS = {"int64_t": ctypes.c_int64, "uint32_t": ctypes.c_uint32, "float": ctypes.c_float}
+from .structures import CSRC, DTYPES, plans, poisoned, struct_argument, structure
 
-
-def _structure(name):
-    """A ctypes.Structure with the fields of a struct of norm_plan.h."""
-    text = (CSRC / "cuda" / "norm_plan.h").read_text()
-    body = re.search(rf"struct {name} {{\n(.*?)\n}};", text, re.DOTALL)[1]
-    fields = []
-    for declaration in re.findall(r"^\s*([^/\n]+);", body, re.MULTILINE):
-        type_name, names = re.fullmatch(r"(.*?[ *]) *([\w, ]+)", declaration.strip()).groups()
-        kind = ctypes.c_void_p if "*" in type_name else SCALARS.get(type_name.strip(), ctypes.c_int32)
-        if type_name.strip() in _structures:
-            kind = _structures[type_name.strip()]
-        fields += [(each.strip(), kind) for each in names.split(",")]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
-
-
-_structures = {}
-for _name in ("NormFwdParams", "NormBwdParams", "NormPlan", "NormBwdPlan"):
-    _structures[_name] = _structure(_name)
-NormFwdParams, NormBwdParams, NormPlan, NormBwdPlan = _structures.values()
-
-
-@functools.cache
-def plans():
-    """norm_plan.h as a shared library."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler was found (g++, c++, clang++, CXX)")
-    sources = [HERE / "plan.cpp", CSRC / "cuda" / "norm_plan.h", CSRC / "shapes.h"]
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:32]
-    library = Path(nvcc.cache_folder, f"plan-{key}.so")
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=nvcc.cache_folder) as scratch:
-            fresh = Path(scratch, "plan.so")
-            command = [*compiler.split(), "-std=c++20", "-shared", "-fPIC", f"-I{CSRC}"]
-            subprocess.run([*command, str(sources[0]), "-o", str(fresh)], check=True)
-            fresh.replace(library)
-    loaded = ctypes.CDLL(str(library))
-    loaded.kernel_name.restype = ctypes.c_char_p
-    assert ctypes.sizeof(NormFwdParams) == loaded.size_of_fwd()
-    assert ctypes.sizeof(NormBwdParams) == loaded.size_of_bwd()
-    return loaded
+NormFwdParams, NormBwdParams, NormPlan, NormBwdPlan = (
+    structure("cuda/norm_plan.h", name)
+    for name in ("NormFwdParams", "NormBwdParams", "NormPlan", "NormBwdPlan")
+)
 
 
 def kernels(arch):
@@ -83,10 +34,6 @@ def _rows(tensor):
     if tensor.shape[-1] > 1 and rows.stride(-1) != 1:
         rows = rows.contiguous()
     return rows, rows.stride(0)
-
-
-def _poisoned(shape, dtype):
-    return torch.full(shape, torch.nan, dtype=dtype)
 
 
 @dataclass
@@ -107,14 +54,10 @@ class Emulator:
         elif name == "norm_bwd_kept_kernel":
             name += f"ILNS_5DTypeE{params.s_dtype}E"
         kernel = kernels(self.arch).kernel(name)
-        codes = {ctypes.c_void_p: "Q", ctypes.c_int64: "q", ctypes.c_uint32: "I", ctypes.c_float: "f"}
-        layout = "".join(codes.get(kind, "i") for _, kind in params._fields_) + "0q"
-        values = [tensors.get(name, getattr(params, name)) for name, _ in params._fields_]
-        values = [0 if value is None else value for value in values]
         counters = kernel.launch(
             (plan.grid_x, plan.grid_y),
             (plan.block_x, plan.block_y),
-            [ptxvm.StructArg(layout, *values)],
+            [struct_argument(params, tensors)],
             checks=self.checks,
         )
         self.launched.append((kernel.name, counters))
@@ -140,11 +83,11 @@ class Emulator:
         for name in {"x", "residual"} & tensors.keys():
             tensors[name], strides[name] = _rows(tensors[name])
         dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-        tensors["out"] = out = _poisoned(x.shape, dtype)
-        s = _poisoned(x.shape if residual is not None else (0,), dtype)
+        tensors["out"] = out = poisoned(x.shape, dtype)
+        s = poisoned(x.shape if residual is not None else (0,), dtype)
         mean, rstd = (
-            _poisoned((0,) if rms else x.shape[:-1], torch.float32),
-            _poisoned(x.shape[:-1], torch.float32),
+            poisoned((0,) if rms else x.shape[:-1], torch.float32),
+            poisoned(x.shape[:-1], torch.float32),
         )
         tensors |= {"sum": s, "mean": mean, "rstd": rstd}
         tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
@@ -166,10 +109,10 @@ class Emulator:
         for name in {"grad_out", "grad_sum", "s"} & tensors.keys():
             tensors[name], strides[name] = _rows(tensors[name])
         columns = s.shape[-1]
-        ds = _poisoned(s.shape, s.dtype)
-        dx = _poisoned(s.shape if dropout_p > 0 else (0,), s.dtype)
-        dweight = _poisoned((columns if need_dweight else 0,), torch.float32)
-        dbias = _poisoned((columns if need_dbias else 0,), torch.float32)
+        ds = poisoned(s.shape, s.dtype)
+        dx = poisoned(s.shape if dropout_p > 0 else (0,), s.dtype)
+        dweight = poisoned((columns if need_dweight else 0,), torch.float32)
+        dbias = poisoned((columns if need_dbias else 0,), torch.float32)
         tensors |= {"ds": ds, "dx": dx, "dweight": dweight, "dbias": dbias}
         tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
         p = self._params(NormBwdParams, tensors, strides, dropout_p, rms)
@@ -178,7 +121,7 @@ class Emulator:
         needed = need_dweight or need_dbias
         plans().plan_bwd(ctypes.byref(p), self.multiprocessors, needed, ctypes.byref(plan))
         if p.partial_rows:
-            tensors["partial"] = _poisoned((p.partial_rows, 2, p.partial_stride), torch.float32)
+            tensors["partial"] = poisoned((p.partial_rows, 2, p.partial_stride), torch.float32)
         for stage in (plan.ds, plan.columns, plan.reduce):
             self._launch(stage, p, tensors)
         return ds, dx, dweight, dbias

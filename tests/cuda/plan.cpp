@@ -1,15 +1,42 @@
-// csrc/cuda/norm_plan.h for ctypes: the tests take every choice of kernel and grid from where the launcher
-// takes it.
+// The plans of csrc/cuda for ctypes: the tests take every choice of kernel and grid from where the launchers
+// take it.
+#include "cuda/attention_bwd_plan.h"
+#include "cuda/attention_plan.h"
 #include "cuda/norm_plan.h"
 
 using namespace fastformer::cuda;
 
 extern "C" {
-int64_t size_of_fwd() { return sizeof(NormFwdParams); }
-int64_t size_of_bwd() { return sizeof(NormBwdParams); }
+int64_t size_of_NormFwdParams() { return sizeof(NormFwdParams); }
+int64_t size_of_NormBwdParams() { return sizeof(NormBwdParams); }
+int64_t size_of_AttentionFwdParams() { return sizeof(AttentionFwdParams); }
+int64_t size_of_AttentionBwdParams() { return sizeof(AttentionBwdParams); }
 const char* kernel_name(int32_t kernel) { return name_of(static_cast<NormKernel>(kernel)); }
 void plan_fwd(NormFwdParams* p, NormPlan* plan) { *plan = plan_norm_fwd(*p); }
 void plan_bwd(NormBwdParams* p, int32_t multiprocessors, bool need_parameters, NormBwdPlan* plan) {
   *plan = plan_norm_bwd(*p, multiprocessors, need_parameters);
+}
+void plan_attention(AttentionFwdParams* p, int32_t major, AttentionPlan* plan) {
+  *plan = plan_attention_fwd(*p, major);
+}
+bool attention_is_chosen(int32_t block_d, int32_t kind, int32_t major) {
+  return is_chosen(block_d, static_cast<AttentionKind>(kind), major);
+}
+// Of an instantiation; returns its bytes of shared memory.
+int32_t attention_tile(int32_t block_d, int32_t kind, AttentionTile* tile) {
+  *tile = forward_tile(block_d, static_cast<AttentionKind>(kind));
+  return tile->shared_bytes(block_d);
+}
+void plan_attention_backward(AttentionBwdParams* p, int64_t total_queries, int64_t most_shared,
+                             AttentionBwdPlan* plan) {
+  *plan = plan_attention_bwd(*p, total_queries, most_shared);
+}
+bool attention_backward_is_plain(int32_t block_d, int64_t most_shared) {
+  return is_plain_chosen(block_d, most_shared);
+}
+// Of an instantiation; returns its bytes of shared memory.
+int32_t attention_backward_tile(int32_t block_d, bool plain, BackwardTile* tile) {
+  *tile = backward_tile(block_d, plain);
+  return shared_bytes_of(*tile, block_d);
 }
 }

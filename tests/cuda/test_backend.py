@@ -1,20 +1,26 @@
 """What the cuda backend refuses, and why; which kernels and grids the launcher would choose."""
 
 import ctypes
+import math
 import re
 import subprocess
+from dataclasses import dataclass
 
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 import fastformer
-from fastformer.backends import cuda
-from fastformer.specs import NormSpec
+from fastformer import dispatch
+from fastformer.backends import cuda, triton
+from fastformer.specs import AttentionSpec, NormSpec
 from tests.ptxvm import nvcc
 
-from .emulated import CSRC, NormBwdParams, NormBwdPlan, NormFwdParams, NormPlan, plans
+from .emulated import NormBwdParams, NormBwdPlan, NormFwdParams, NormPlan
+from .emulated_attention import AttentionFwdParams, AttentionPlan, AttentionTile, HeadRows
+from .structures import CSRC, plans
 
 SPEC = NormSpec("layer", 1e-5)
 BUILD = {"nvcc": "13.0.88", "archs": ["8.0", "9.0", "10.0", "12.0+PTX"]}
@@ -96,19 +102,139 @@ def test_cpu_tensors_are_refused():
         fastformer.layer_norm(x, (8,), backend="cuda")
 
 
-@pytest.mark.parametrize("op", ["attention_fwd", "attention_bwd", "feed_forward_fwd", "feed_forward_bwd"])
+@pytest.mark.parametrize("op", ["attention_weights", "feed_forward_fwd", "feed_forward_bwd"])
 def test_operators_to_come_are_refused(machine, op):
     assert cuda.why_not(op, None, (torch.randn(2, 8),)) == f"it has no {op} yet"
 
 
 def test_float64_is_refused(machine):
-    x = torch.empty(2, 8, dtype=torch.float64, device="meta")
+    x = OnCuda((2, 8), torch.float64)
+    assert "not float64" in cuda.why_not("norm_fwd", SPEC, (x, None, None, None, None))
 
-    class OnCuda:
-        device, dtype, shape = torch.device("cuda", 0), x.dtype, x.shape
-        is_floating_point, numel = x.is_floating_point, x.numel
 
-    assert "not float64" in cuda.why_not("norm_fwd", SPEC, (OnCuda(), None, None, None, None))
+GPU = torch.device("cuda", 0)
+
+
+@dataclass
+class OnCuda:
+    """As much of a CUDA tensor as a refusal asks for, without a GPU."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.bfloat16
+    device: torch.device = GPU
+    requires_grad: bool = False
+
+    def is_floating_point(self):
+        return self.dtype.is_floating_point
+
+    def numel(self):
+        return math.prod(self.shape)
+
+    def dim(self):
+        return len(self.shape)
+
+
+def attention_tensors(M=40, N=40, D=64, D_v=64, **more):
+    shapes = ((2, 4, M, D), (2, 2, N, D), (2, 2, N, D_v))
+    return *(OnCuda(shape, **more) for shape in shapes), *(None,) * 9
+
+
+@pytest.mark.parametrize(
+    "given, spec, reason",
+    [
+        ({}, {}, None),
+        ({"D": 1, "D_v": 256}, {}, None),
+        ({"M": 16, "N": 511}, {}, None),
+        ({"dtype": torch.float16}, {"left": 3, "softcap": 2.0, "dropout_p": 0.1}, None),
+        ({"dtype": torch.float32}, {}, "bfloat16 and float16, not float32"),
+        ({"D": 257}, {}, "head dims of 1 to 256, and query's is 257"),
+        ({"D_v": 0}, {}, "head dims of 1 to 256, and value's is 0"),
+        ({"M": 2**28, "N": 2**28}, {}, "536870912 queries and keys of a head"),
+        ({"M": 1, "N": 4096}, {}, "does not divide the keys of few queries, here 4096 of 1,"),
+        ({}, {"return_weights": "mean"}, "returns no weights yet"),
+    ],
+)
+def test_what_attention_refuses(machine, given, spec, reason):
+    said = cuda.why_not("attention_fwd", AttentionSpec(0.1, **spec), attention_tensors(**given))
+    assert said is None if reason is None else reason in said
+
+
+@pytest.mark.parametrize(
+    "given, place, other, capability, reason",
+    [
+        ({}, 6, OnCuda((1, 4, 1, 40)), (8, 0), None),
+        ({}, 6, OnCuda((2, 4, 40, 40), requires_grad=True), (8, 0), None),
+        (
+            {},
+            6,
+            OnCuda((1, 4, 40, 40), requires_grad=True),
+            (8, 0),
+            "no gradient of a bias that is broadcast",
+        ),
+        ({}, 7, OnCuda((4, 79)), (8, 0), None),
+        ({}, 7, OnCuda((4, 79), requires_grad=True), (8, 0), "no gradient of relative_bias"),
+        ({"M": 1, "N": 4096}, 6, None, (8, 0), None),
+        ({"D": 256}, 6, None, (8, 0), None),
+        ({"D": 128}, 6, None, (8, 9), None),
+        ({"D_v": 136}, 6, None, (8, 9), "head dims over 128 take 145 KB of shared memory"),
+        ({"dtype": torch.float32}, 6, None, (8, 0), "bfloat16 and float16, not float32"),
+    ],
+)
+def test_what_gradients_of_attention_refuse(machine, given, place, other, capability, reason):
+    machine.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    tensors = list(attention_tensors(**given))
+    tensors[place] = other
+    said = cuda.why_not("attention_bwd", AttentionSpec(0.1), tuple(tensors))
+    assert said is None if reason is None else reason in said
+
+
+@pytest.mark.parametrize("capability, first", [((8, 0), "cuda"), ((12, 0), "cuda"), ((9, 0), "triton")])
+def test_attention_goes_to_the_faster_kernel(machine, capability, first):
+    machine.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    machine.setattr(triton, "why_not", lambda op, spec, tensors: None)
+    spec, tensors = AttentionSpec(0.1), attention_tensors()
+    assert dispatch.choose("attention_fwd", spec, tensors, "auto") is dispatch.BACKENDS[first]
+    assert dispatch.choose("attention_fwd", spec, tensors, "cuda") is cuda
+    assert dispatch.choose("attention_bwd", spec, tensors, "auto") is dispatch.BACKENDS[first]
+    machine.setattr(triton, "why_not", lambda op, spec, tensors: "it is not installed")
+    assert dispatch.choose("attention_fwd", spec, tensors, "auto") is cuda
+
+
+def test_giving_way_is_explained(machine):
+    machine.setattr(dispatch, "_CONFIGURATION", {})  # fake tensors have no data pointers
+    machine.setattr(triton, "why_not", lambda op, spec, tensors: None)
+    with FakeTensorMode():
+        query = torch.empty(2, 4, 64, 32, device="cuda", dtype=torch.bfloat16)
+        explanation = fastformer.explain(fastformer.attention, query, query, query)
+    assert explanation.backend == "triton"
+    said = "cuda serves {} too, and gives way to triton on this device"
+    assert explanation.notes == tuple(said.format(op) for op in ("attention_fwd", "attention_bwd"))
+
+
+@hypothesis.given(
+    D=st.integers(1, 256),
+    D_v=st.integers(1, 256),
+    M=st.integers(1, 5000),
+    N=st.integers(0, 5000),
+    major=st.sampled_from((8, 9, 10, 12)),
+)
+@hypothesis.settings(max_examples=200)
+def test_attention_plans_cover_every_query(ptx_cache, D, D_v, M, N, major):
+    rows = HeadRows(4096, 0, 0, 256)
+    p = AttentionFwdParams(
+        query=rows, key=rows, value=rows, out=rows, B=2, H=3, M=M, N=N, D=D, D_v=D_v, scale=0.1
+    )
+    plan, tile = AttentionPlan(), AttentionTile()
+    plans().plan_attention(ctypes.byref(p), major, ctypes.byref(plan))
+    shared = plans().attention_tile(plan.block_d, plan.kind, ctypes.byref(tile))
+    assert plan.block_d >= max(D, D_v) and plan.shared_bytes == shared <= 96 << 10
+    block_m = 16 * tile.row_tiles * tile.warps
+    assert p.tiles * block_m >= M > (p.tiles - 1) * block_m and plan.grid == 6 * p.tiles
+    assert plan.threads == 32 * tile.warps
+    assert plans().attention_is_chosen(plan.block_d, plan.kind, major)
+    assert (plan.kind == 2) is (D % 8 != 0 or D_v % 8 != 0)
+    if plan.kind == 0:
+        assert D == D_v == plan.block_d
 
 
 ROWS = st.integers(1, 100_000)

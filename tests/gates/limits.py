@@ -14,6 +14,20 @@ MOST_SPILLED = 0
 # {(kernel, target, case)}; the reasons stand in configs.py.
 EXCUSED_SPILLS: dict[tuple[str, str, str], int] = {
     ("attention_fwd", "sm_80", "D=256 D_v=256 float32 everything"): 8,
+    # CUDA C++, two scalars that every block of keys reads once. With 16 queries a warp nothing spills, and on
+    # sm_90 w1 falls from .37 to .30.
+    **{
+        ("attention_fwd", target, f"D=128 {dtype} whole"): 8
+        for target in ("sm_90", "sm_100")
+        for dtype in ("bfloat16", "float16")
+    },
+    # CUDA C++, two scalars a tile of queries. At D = 64 a tile of 64 queries spills nothing, and reads .55 of
+    # shared memory a product, where this one reads .45.
+    **{
+        ("attention_bwd_keys", target, f"D={width} {dtype} plain"): 8
+        for width, target in ((64, "sm_80"), (64, "sm_90"), (128, "sm_90"))
+        for dtype in ("bfloat16", "float16")
+    },
 }
 
 
@@ -29,7 +43,11 @@ LIMITS = {
     ("attention_fwd", "sm_90", 128): Limits(most_nt=2.1, least_w1=0.70),
     ("attention_fwd", "sm_90", 64): Limits(least_w1=0.45),
     ("attention_fwd", "sm_80", 64): Limits(most_nt=3.6, least_w1=0.60),
+    ("attention_fwd_cuda", "sm_80", 128): Limits(most_nt=2.6, least_w1=0.60),
+    ("attention_fwd_cuda", "sm_80", 64): Limits(most_nt=3.6, least_w1=0.60),
     ("attention_bwd", "sm_80", 128): Limits(most_nt=1.8),
+    ("attention_bwd_cuda", "sm_80", 128): Limits(most_nt=1.8),
+    ("attention_bwd_cuda", "sm_80", 64): Limits(most_nt=2.5),
 }
 
 
@@ -69,10 +87,14 @@ ANCHORS = {
     ("attention_bwd", "sm_90", 64): [Anchor("FlashAttention-3", "0", 2.1, 0.60, 0.67)],
 }
 
+for _width in (64, 128):
+    for _op in ("attention_fwd", "attention_bwd"):
+        ANCHORS[f"{_op}_cuda", "sm_80", _width] = ANCHORS[_op, "sm_80", _width]
+
 # Products of matrices that an operator's meaning asks for, for each pair of a query and a key; and those that
 # each kernel's hot loop runs, recomputed ones too.
-USEFUL_PRODUCTS = {"attention_fwd": 2, "attention_bwd": 5}
-RUN_PRODUCTS = {"attention_fwd": 2, "key_gradients": 4, "query_gradients": 3}
+USEFUL_PRODUCTS = {"attention_fwd": 2, "attention_fwd_cuda": 2, "attention_bwd": 5, "attention_bwd_cuda": 5}
+RUN_PRODUCTS = {"attention_fwd": 2, "key_gradients": 4, "query_gradients": 3, "attention_bwd_keys": 5}
 # Other kernels with products, whose hot loop has one.
 MULTIPLYING = {*RUN_PRODUCTS, "hidden", "hidden_bwd", "gemm", "score_sum", "relative_bias"}
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.triton.offline import Launch, catch_launches, compile_launch, resources
+from tests.triton.offline import Launch, catch_launches, compile_launch, cubin_resources, resources
 
 from . import hot_loop, sass
 from .attention_cases import attention_cases
 from .case import Case
+from .cuda_cases import CACHE, cuda_attention_backward_cases, cuda_attention_cases
 from .feed_forward_cases import feed_forward_cases
 from .hot_loop import HotLoop
 from .norm_cases import norm_cases
@@ -26,8 +27,10 @@ CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "norm_fwd": partial(norm_cases, "norm_fwd"),
     "norm_bwd": partial(norm_cases, "norm_bwd"),
     "attention_fwd": partial(attention_cases, "attention_fwd"),
+    "attention_fwd_cuda": partial(cuda_attention_cases, "attention_fwd_cuda"),
     "attention_weights": partial(attention_cases, "attention_weights"),
     "attention_bwd": partial(attention_cases, "attention_bwd"),
+    "attention_bwd_cuda": partial(cuda_attention_backward_cases, "attention_bwd_cuda"),
     "feed_forward_fwd": partial(feed_forward_cases, "feed_forward_fwd"),
     "feed_forward_bwd": partial(feed_forward_cases, "feed_forward_bwd"),
 }
@@ -51,22 +54,19 @@ class Reading:
     tensor_cores: bool = False  # as the case says
 
 
-# Disassembling takes longer than loading from Triton's own cache, so what was read is kept as well.
-_CACHE = Path(__file__).parents[2] / "build" / "gates"
-
-
 def _model_version() -> bytes:
     """A changed model or parser reads everything anew."""
     return b"".join(Path(module.__file__).read_bytes() for module in (sass, hot_loop))
 
 
 def _hot_loop(cubin: bytes) -> HotLoop:
+    """Kept, because disassembling takes longer than loading from Triton's own cache."""
     key = hashlib.sha256(_model_version() + cubin).hexdigest()
-    kept = _CACHE / f"{key}.json"
+    kept = CACHE / f"{key}.json"
     if kept.exists():
         return HotLoop(**json.loads(kept.read_text()))
     found = hot_loop.hot_loops(*sass.parse(sass.disassemble(cubin)))[0]
-    _CACHE.mkdir(parents=True, exist_ok=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
     # Written under another name first, because two processes may read the same kernel.
     written = kept.with_suffix(f".{os.getpid()}")
     written.write_text(json.dumps(asdict(found)))
@@ -81,6 +81,8 @@ def _tile(launch: Launch) -> str:
 
 def read(case: Case, target: str) -> list[Reading]:
     """A reading for each kernel that the case launches, one for those that Triton compiles once."""
+    if case.compiled:
+        return [_read_compiled(case, target)]
     launches: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch:
         catch_launches(patch, target, launches.append)
@@ -97,6 +99,14 @@ def read(case: Case, target: str) -> list[Reading]:
         place = target, case.op, case.name, case.dim, case.gated, kernel, _tile(launch)
         readings.append(Reading(*place, *resources(compiled), loop, case.tensor_cores))
     return readings
+
+
+def _read_compiled(case: Case, target: str) -> Reading:
+    kernel, tile, cubin, dynamic_shared = case.call(target)
+    registers, spilled, shared = cubin_resources(cubin)
+    place = target, case.op, case.name, case.dim, case.gated, kernel, tile
+    found = registers, spilled, shared + dynamic_shared
+    return Reading(*place, *found, _hot_loop(cubin), case.tensor_cores)
 
 
 def read_place(place: tuple[str, str, int]) -> list[Reading]:

@@ -22,6 +22,8 @@ TABLES = {
 CHOOSERS = (configs.attention_fwd_config, configs.attention_bwd_config, configs.gemm_config)
 # Of one target. On one core a case of a norm takes a second, one of the others 3 to 12.
 MOST_CASES = {"norm": 260, "attention": 85, "feed_forward": 40}
+# The same of kernels in CUDA C++, which take 4.
+MOST_COMPILED = {"norm": 0, "attention": 36, "feed_forward": 0}
 
 
 def relabelled(table, labels, path=()):
@@ -55,7 +57,8 @@ def launches_of(monkeypatch, target, operator):
         for op in CASES:
             if op.startswith(operator):
                 for case in CASES[op](target):
-                    case.call()
+                    if not case.compiled:
+                        case.call()
     return launches
 
 
@@ -96,4 +99,6 @@ def test_every_entry_is_reached(monkeypatch, places, target, operator):
 @pytest.mark.parametrize("target", TARGETS)
 def test_cases_are_few(target, operator):
     cases = [case for op in CASES if op.startswith(operator) for case in CASES[op](target)]
-    assert len(cases) <= MOST_CASES[operator]
+    compiled = sum(case.compiled for case in cases)
+    assert len(cases) - compiled <= MOST_CASES[operator]
+    assert compiled <= MOST_COMPILED[operator]

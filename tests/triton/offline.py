@@ -124,13 +124,18 @@ def resources(compiled):
         return Resources(
             number("vgpr_count"), spilled + number("private_segment_fixed_size"), compiled.metadata.shared
         )
+    return cubin_resources(compiled.asm["cubin"])._replace(shared=compiled.metadata.shared)
+
+
+def cubin_resources(cubin):
+    """`Resources` of the one kernel in a cubin; of shared memory what is known when it is compiled."""
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         text = subprocess.check_output([cuobjdump, "-res-usage", file.name], text=True)
     number = lambda key: int(re.search(rf"\b{key}:(\d+)", text).group(1))
-    return Resources(number("REG"), number("STACK") + number("LOCAL"), compiled.metadata.shared)
+    return Resources(number("REG"), number("STACK") + number("LOCAL"), number("SHARED"))
 
 
 class Emulation:

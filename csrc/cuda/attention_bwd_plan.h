@@ -1,0 +1,130 @@
+// What attention's backward kernels are told, and which instantiation serves a call on which grids. Neither
+// torch nor CUDA.
+#pragma once
+
+#include "attention_plan.h"
+
+namespace fastformer::cuda {
+
+// Of a row: what is taken off the exponent of its weights, and what is added to the gradient of its weights.
+struct alignas(8) RowPivot {
+  float shift, offset;
+};
+
+// A query tile of one head has a slot in the workspace: slot_of_tile of attention_bwd_tiles.cuh says which.
+struct AttentionBwdParams {
+  AttentionFwdParams call;  // out, row_max and row_sum as forward left them; lse is not read
+  HeadRows grad_out;        // [B, H, M, D_v]
+  HeadRows grad_query;      // [B, H, M, D]
+  HeadRows grad_key;        // [B, H_kv, N, D]
+  HeadRows grad_value;      // [B, H_kv, N, D_v]
+  const float* grad_lse;    // as row_max, or null
+  ScoreMatrix grad_bias;    // of a bias that is broadcast over nothing, zeroed before; data null: not wanted
+  float* grad_sink;         // [H], or null
+  // Workspace, uninitialised:
+  RowPivot* pivots;    // [H, slots, block_m]
+  float* factors;      // [H, slots, block_m]: 1 / row_sum; read where scores are logits
+  float* sums;         // [H, slots, block_m, block_d]: dQ, each lane's sums of a step side by side
+  float* zeros;        // [block_m, block_d] / 8: what the first adds to
+  int32_t* turns;      // [H, slots, warps]: how many blocks of keys have added to their share of sums
+  int32_t* ticket;     // [1]: how many programs over keys have begun
+  float* sink_shares;  // [H, B, tiles], or null
+  // Set by the plan:
+  int32_t slots;      // of a head
+  int32_t key_tiles;  // of a head
+  int32_t aligned;    // rows of out, grad_out and of the gradients come in whole aligned units too
+};
+
+constexpr int kBackwardWarps = 8;  // of a block
+
+// Bytes that the pass over keys takes beside its tiles, at most.
+constexpr int kStaticShared = 1024;
+
+// How one instantiation divides its work. The warps stand in a grid over each product's result: over scores
+// [block_m, block_n], dK and dV [block_n, block_d], and dQ [block_m, block_d].
+struct BackwardTile {
+  int block_m;
+  int block_n;
+  int score_rows;  // of warps, along queries
+  int key_rows;    // along keys
+  int query_rows;  // along queries
+  int stages;      // of Q and dO
+  int blocks;      // that shall share an SM
+
+  constexpr int threads() const { return 32 * kBackwardWarps; }
+};
+
+// K and V; Q and dO of each stage; P and dS.
+constexpr int shared_bytes_of(const BackwardTile& tile, int block_d) {
+  return 4 * (block_d * (tile.block_n + tile.stages * tile.block_m) + tile.block_m * tile.block_n);
+}
+
+// Wider tiles read less of shared memory for a product: ldmatrix brings 32 rows to a warp for 32 or 64
+// columns. The general kernel has half the keys, and fits 99 KB up to D = 128: it serves plain calls too
+// where there is no more. It runs twice the instructions, which there, where tensor cores have half of an
+// A100's rate, find their slots: 6 of 16 for a product at D = 128.
+constexpr BackwardTile backward_tile(int block_d, bool plain) {
+  if (!plain || block_d > 128) return {64, 64, 4, 2, 2, 1, 1};
+  if (block_d > 64) return {64, 128, 2, 4, 2, 2, 1};
+  return {128, 128, 4, 4, 4, 2, 1};
+}
+
+// Whether calls with nothing but ranges of hidden keys have an instantiation of their own: up to D = 128,
+// where a block may have its shared memory.
+constexpr bool is_plain_chosen(int block_d, int64_t most_shared) {
+  return block_d <= 128 &&
+         shared_bytes_of(backward_tile(block_d, true), block_d) + kStaticShared <= most_shared;
+}
+
+constexpr int kBackwardHeadWidths[] = {64, 128, 256};
+
+struct AttentionBwdPlan {
+  int32_t block_d;
+  int32_t plain;
+  int32_t block_m;
+  int32_t query_grid;  // of the kernels that take a tile of queries a block; 0: nothing to do
+  int32_t key_grid;
+  int32_t threads;
+  int32_t shared_bytes;        // of the pass over keys
+  int32_t query_shared_bytes;  // of the last kernel
+  int64_t rows;                // of the workspace: H slots block_m
+};
+
+// `total_queries` is the number of packed rows, or 0; `most_shared` what a block may have. block_d is 0 where
+// the chip has too little.
+inline AttentionBwdPlan plan_attention_bwd(AttentionBwdParams& p, int64_t total_queries,
+                                           int64_t most_shared) {
+  AttentionFwdParams& call = p.call;
+  plan_attention_fwd(call, 8);  // for what it sets; forward's own choice is nothing here
+  p.aligned = call.aligned && has_aligned_rows(p.grad_out, call.D_v) &&
+              has_aligned_rows(p.grad_query, call.D) && has_aligned_rows(p.grad_key, call.D) &&
+              has_aligned_rows(p.grad_value, call.D_v);
+  const bool masked =
+      call.mask.data != nullptr || call.key_mask.data != nullptr || call.padding.data != nullptr;
+  const int width = call.D > call.D_v ? call.D : call.D_v;
+  AttentionBwdPlan plan{};
+  for (const int block_d : kBackwardHeadWidths) {
+    plan.block_d = block_d;
+    if (width <= block_d) break;
+  }
+  constexpr int64_t kMostStride = int64_t{1} << 30;  // bytes of a stride, and of a step of them, fit 32 bits
+  const bool near = call.query.stride_row < kMostStride / 32 && p.grad_out.stride_row < kMostStride / 32;
+  plan.plain = is_plain_chosen(plan.block_d, most_shared) && p.aligned && near && !call.logits && !masked &&
+               call.threshold == 0;
+  const BackwardTile tile = backward_tile(plan.block_d, plan.plain);
+  plan.shared_bytes = shared_bytes_of(tile, plan.block_d);
+  plan.query_shared_bytes = 2 * plan.block_d * tile.block_m;
+  plan.threads = tile.threads();
+  plan.block_m = tile.block_m;
+  if (plan.shared_bytes + kStaticShared > most_shared) plan.block_d = 0;
+  call.tiles = (call.M + tile.block_m - 1) / tile.block_m;
+  p.key_tiles = (call.N + tile.block_n - 1) / tile.block_n;
+  p.slots = call.starts_q == nullptr ? call.B * call.tiles
+                                     : static_cast<int32_t>(total_queries / tile.block_m) + call.B;
+  plan.query_grid = call.B * call.H * call.tiles;
+  plan.key_grid = call.B * (call.H / call.group) * p.key_tiles;
+  plan.rows = int64_t{call.H} * p.slots * tile.block_m;
+  return plan;
+}
+
+}  // namespace fastformer::cuda

@@ -1,0 +1,119 @@
+// Runs the plan of attention_plan.h: which instantiation, on which stream. The upper half knows no torch, and
+// is all that the device passes of nvcc see: torch's headers are parsed once instead of once for each
+// architecture, and the tests compile this file to PTX by itself.
+#include <cuda_runtime.h>
+
+#include <atomic>
+
+#include "attention_fwd.cuh"
+
+namespace fastformer::cuda {
+
+using AttentionKernel = void (*)(AttentionFwdParams);
+
+template <DType kType, int kD>
+AttentionKernel kernel_of(AttentionKind kind) {
+  switch (kind) {
+    case AttentionKind::kWhole:
+      return attention_fwd_kernel<kType, kD, AttentionKind::kWhole>;
+    case AttentionKind::kPadded:
+      return attention_fwd_kernel<kType, kD, AttentionKind::kPadded>;
+    case AttentionKind::kGeneral:
+      return attention_fwd_kernel<kType, kD, AttentionKind::kGeneral>;
+  }
+  return nullptr;
+}
+
+template <DType kType>
+AttentionKernel kernel_of(int block_d, AttentionKind kind) {
+  switch (block_d) {
+    case 32:
+      return kernel_of<kType, 32>(kind);
+    case 64:
+      return kernel_of<kType, 64>(kind);
+    case 96:
+      return kernel_of<kType, 96>(kind);
+    case 128:
+      return kernel_of<kType, 128>(kind);
+    case 192:
+      return kernel_of<kType, 192>(kind);
+    case 256:
+      return kernel_of<kType, 256>(kind);
+    default:
+      return nullptr;
+  }
+}
+
+AttentionKernel kernel_of(DType dtype, const AttentionPlan& plan) {
+  return dtype == DType::kBFloat16 ? kernel_of<DType::kBFloat16>(plan.block_d, plan.kind)
+                                   : kernel_of<DType::kFloat16>(plan.block_d, plan.kind);
+}
+
+// Lets a kernel have its shared memory on the current device: once, since the driver remembers.
+cudaError_t allow_shared(AttentionKernel kernel, DType dtype, const AttentionPlan& plan) {
+  constexpr int kDevices = 64, kKinds = 3, kMostUnits = 256 / 32;
+  static std::atomic<bool> allowed[kDevices][2][kMostUnits][kKinds];
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const auto set = [&] {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(plan.shared_bytes));
+  };
+  if (device >= kDevices) return set();
+  auto& done = allowed[device][dtype == DType::kFloat16][plan.block_d / 32 - 1][static_cast<int>(plan.kind)];
+  if (done.load(std::memory_order_acquire)) return cudaSuccess;
+  const cudaError_t failed = set();
+  if (failed == cudaSuccess) done.store(true, std::memory_order_release);
+  return failed;
+}
+
+cudaError_t launch(const AttentionPlan& plan, const AttentionFwdParams& params, cudaStream_t stream) {
+  if (plan.grid == 0) return cudaSuccess;
+  const AttentionKernel kernel = kernel_of(params.dtype, plan);
+  const cudaError_t error = allow_shared(kernel, params.dtype, plan);
+  if (error != cudaSuccess) return error;
+  kernel<<<plan.grid, plan.threads, plan.shared_bytes, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace fastformer::cuda
+
+#if !defined(__CUDA_ARCH__)
+#include "attention_call.h"
+#include "launch.h"
+
+namespace fastformer::cuda {
+
+FourTensors attention_fwd(FASTFORMER_ATTENTION_PARAMETERS) {
+  AttentionFwdParams p{};
+  const OnDevice device(query);
+  const AttentionCall call(FASTFORMER_ATTENTION_ARGUMENTS, p);
+  std::vector<int64_t> sizes(query.sizes().begin(), query.sizes().end());
+  sizes.back() = p.D_v;
+  Tensor out = empty_on(query, IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), scalar_type_of(p.dtype));
+  sizes.pop_back();
+  if (call.packed()) std::swap(sizes[0], sizes[1]);
+  const IntHeaderOnlyArrayRef rows(sizes.data(), sizes.size());
+  Tensor lse = empty_on(query, rows, ScalarType::Float);
+  Tensor row_max = empty_on(query, rows, ScalarType::Float);
+  Tensor row_sum = empty_on(query, rows, ScalarType::Float);
+  if (lse.numel() == 0) return {out, lse, row_max, row_sum};
+
+  p.out = AttentionCall::head_rows(out);
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  p.row_max = static_cast<float*>(row_max.mutable_data_ptr());
+  p.row_sum = static_cast<float*>(row_sum.mutable_data_ptr());
+  p.stats_stride_b = call.packed() ? 0 : lse.stride(0);
+  p.stats_stride_h = lse.stride(call.packed() ? 0 : 1);
+  const AttentionPlan plan = plan_attention_fwd(p, device.major());
+  STD_TORCH_CHECK(int64_t{p.tiles} * p.H * p.B < int64_t{1} << 31,
+                  "attention of 2**31 tiles of queries or more is not served by cuda");
+  const cudaError_t error = launch(plan, p, device.stream());
+  STD_TORCH_CHECK(error == cudaSuccess, "attention_fwd_kernel (", name_of(plan.kind), ", D up to ",
+                  plan.block_d, ") was not launched: ", cudaGetErrorString(error));
+  return {out, lse, row_max, row_sum};
+}
+
+}  // namespace fastformer::cuda
+#endif

@@ -1,0 +1,241 @@
+"""CUDA attention, run from its PTX: right values for every argument, width, type and layout."""
+
+import itertools
+import math
+import re
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import fastformer
+from fastformer.testing import attention_inputs
+from tests import ptxvm
+from tests.ops import philox
+from tests.ops.attention_cases import CASES, PACKED, Draw, call, kernels_serve, packed_call
+from tests.ops.attention_draws import calls, sets_of_features
+from tests.ops.attention_judge import judge_attention
+from tests.ops.judging import assert_same_bits, without_grad
+from tests.ptxvm import nvcc
+
+from .structures import CSRC
+
+pytestmark = pytest.mark.usefixtures("attention_emulator")
+
+BF16, F16 = torch.bfloat16, torch.float16
+WIDTHS = (32, 64, 96, 128, 192, 256)
+WHOLE, PADDED, GENERAL = range(3)
+SEED = -0x123456789ABCDEF
+
+
+def judge_here(inputs, **how):
+    judge_attention(without_grad(inputs), backend="cuda", **how)
+
+
+def judge_case(name, dtype):
+    inputs = call(name, dtype, requires_grad=False, return_lse=True)
+    if kernels_serve(inputs):
+        judge_here(inputs)
+
+
+def some_inputs(D, dtype=BF16, M=140, N=300, **more):
+    """Two tiles of queries, full blocks of keys and a ragged one."""
+    return attention_inputs(B=1, H=2, H_kv=1, M=M, N=N, D=D, dtype=dtype) | {"return_lse": True} | more
+
+
+@pytest.mark.parametrize(
+    "name", ("everything", "lengths and causal", "mask, nothing visible", "no keys, sink")
+)
+def test_some_cases(name):
+    judge_case(name, BF16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_every_case(name, dtype):
+    judge_case(name, dtype)
+
+
+@pytest.mark.parametrize("D", (64, 128))
+def test_full_and_edge_blocks(D):
+    judge_here(some_inputs(D, causal="lower_right"))
+
+
+SPANS = ({}, {"causal": "lower_right"}, {"window": (90, 40)}, {"key_lengths": torch.tensor([270])})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
+@pytest.mark.parametrize("D", (*WIDTHS, 80, 120, 176, 248))
+def test_full_and_edge_blocks_of_every_width(D, dtype):
+    for more in SPANS:
+        judge_here(some_inputs(D, dtype, **more))
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "lower right" else pytest.param(name, marks=pytest.mark.slow) for name in PACKED]
+)
+def test_packed(name):
+    inputs, longest = packed_call(name, BF16)
+    judge_here(inputs, fn_only=longest)
+
+
+@pytest.mark.parametrize("D", (64, pytest.param(20, marks=pytest.mark.slow)))
+@pytest.mark.parametrize(
+    "layout",
+    (
+        "unaligned",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("transposed", "sliced", "broadcast")),
+    ),
+)
+def test_layouts(layout, D):
+    judge_here(attention_inputs(B=1, M=70, N=150, D=D, dtype=BF16, layout=layout))
+
+
+def test_rows_are_read_in_place(attention_emulator):
+    """Rows further apart than they are wide, in one tensor of query, key and value: nothing is copied."""
+    together = torch.randn(1, 90, 3, 2, 64, generator=torch.Generator().manual_seed(3)).to(BF16)
+    rows = {
+        name: t.transpose(1, 2) for name, t in zip(("query", "key", "value"), together.unbind(2), strict=True)
+    }
+    judge_here(rows)
+    assert attention_emulator.tensors["query.data"].data_ptr() == together.data_ptr()
+    assert attention_emulator.params.aligned and "KindE0EE" in attention_emulator.launched[0][0]
+
+
+@pytest.mark.parametrize(
+    "name, tensor",
+    [
+        ("mask", Draw(BF16).bools(2, 1, 40, 100)),
+        ("bias", Draw(BF16).floats(1, 2, 40, 100)),
+        ("bias", torch.linspace(-3, 3, 4000).view(1, 1, 40, 100)),
+    ],
+    ids=("mask", "bias", "float32 bias"),
+)
+def test_scores_read_two_columns_at_a_time(attention_emulator, name, tensor):
+    judge_here(attention_inputs(B=2, H=2, M=40, N=100, D=32, dtype=BF16) | {name: tensor})
+    assert getattr(attention_emulator.params, f"{name}_pairs")
+
+
+def dropout_of(p, *shape):
+    only = {"dropout_p": p, "seed": torch.tensor([SEED])}
+    return only, {"keep": philox.attention_keep(*shape, SEED, p), "keep_scale": philox.keep_scale(p)}
+
+
+@pytest.mark.parametrize("dtype", (F16, pytest.param(BF16, marks=pytest.mark.slow)), ids=str)
+def test_dropout(dtype):
+    """The contract's map says what is kept; twice gives the same bits."""
+    shape = 2, 3, 70, 140
+    inputs = attention_inputs(B=2, H=3, M=70, N=140, D=32, dtype=dtype)
+    fn_only, plain_only = dropout_of(0.3, *shape)
+    judge_here(inputs, fn_only=fn_only, plain_only=plain_only)
+    first, second = (fastformer.attention(**inputs, **fn_only, backend="cuda") for _ in range(2))
+    assert_same_bits({"out": first}, {"out": second})
+
+
+@pytest.mark.parametrize("p", (0.5, 1.0))
+def test_what_dropout_keeps(p):
+    """With the identity as values a weight is seen where it was kept, and nowhere else."""
+    inputs = attention_inputs(B=1, H=2, M=33, N=64, D=32, D_v=64, dtype=F16)
+    inputs["value"] = torch.eye(64, dtype=F16).expand(1, 2, 64, 64)
+    fn_only, plain_only = dropout_of(p, 1, 2, 33, 64)
+    out = fastformer.attention(**inputs, **fn_only, backend="cuda")
+    assert torch.equal(out != 0, plain_only["keep"])
+
+
+@pytest.mark.parametrize("D", (40, pytest.param(128, marks=pytest.mark.slow)))
+def test_hidden_keys_may_hold_anything(D):
+    """Past the lengths, between real keys, behind a mask of keys: not a bit of any result changes."""
+    hide = Draw(BF16).bools(1, 200)
+    for more, hidden in (
+        ({"key_lengths": torch.tensor([130])}, torch.arange(200) >= 130),
+        ({"key_padding_mask": hide}, ~hide[0]),
+        ({"mask": hide[:, None, None]}, ~hide[0]),
+    ):
+        clean = some_inputs(D, M=20, N=200, **more)
+        dirty = clean | {name: clean[name].clone() for name in ("key", "value")}
+        dirty["key"][..., hidden, :] = torch.inf
+        dirty["value"][..., hidden, :] = torch.nan
+        first, second = (fastformer.attention(**inputs, backend="cuda") for inputs in (clean, dirty))
+        assert_same_bits(dict(enumerate(first)), dict(enumerate(second)))
+
+
+@pytest.mark.parametrize("scale, softcap", ((30.0, None), (0.2, 3.0)), ids=("products", "logits"))
+def test_statistics(scale, softcap):
+    """What backward reads: the largest score and the sum of exp(score - largest), the sink included. The sum
+    makes up for the rounding of the largest, which at products of whole numbers is all that there is."""
+    query, key, value = (t.contiguous() for t in list(some_inputs(32, M=20, N=70).values())[:3])
+    if softcap is None:
+        query, key = (query * 2).round(), (key * 2).round()
+    sink, lengths = torch.tensor([0.5, 3.0]), torch.tensor([55])
+    tensors = (query, key, value, None, None, lengths, None, None, sink, None, None, None)
+    spec = (scale, None, 0, True, softcap, 0.0, None, None)
+    _, lse, largest, total = torch.ops.fastformer.attention_fwd_cuda(*tensors, *spec)
+    # Where one multiply-add makes an exponent of 2 of a product, it is the factor in there that is rounded.
+    factor = (torch.tensor(scale) * math.log2(math.e)).double() * math.log(2)
+    scores = (scale if softcap else factor) * (query.double() @ key.double().transpose(-1, -2))
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    i, j = torch.arange(20)[:, None], torch.arange(70)
+    scores = scores.masked_fill((j > i + 50) | (j >= 55), -torch.inf)
+    scores = torch.cat([scores, sink.double().view(1, 2, 1, 1).expand(1, 2, 20, 1)], -1)
+    torch.testing.assert_close(largest.double(), scores.amax(-1), rtol=1e-6, atol=1e-6)
+    sums = (scores - largest.double()[..., None]).exp().sum(-1)
+    torch.testing.assert_close(total.double(), sums, rtol=4e-6, atol=0)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-6, atol=2e-6)
+
+
+def test_traffic(attention_emulator):
+    """One tile of queries reads and writes everything once, in whole sectors and without bank conflicts."""
+    inputs = attention_inputs(B=1, H=1, M=128, N=192, D=128, dtype=BF16)
+    fastformer.attention(**inputs, backend="cuda")
+    ((_, counters),) = attention_emulator.launched
+    read = sum(inputs[name].numel() * 2 for name in ("query", "key", "value"))
+    assert read == counters.global_load_bytes == 32 * counters.global_load_sectors
+    written = 128 * (128 * 2 + 3 * 4)
+    assert written <= counters.global_store_bytes <= 1.05 * written
+    assert counters.store_efficiency > 0.95
+    assert counters.bank_conflicts == 0
+
+
+@pytest.mark.parametrize("schedule", (1, pytest.param(2, marks=pytest.mark.slow)))
+def test_warps_in_any_order(attention_emulator, schedule):
+    attention_emulator.checks = ptxvm.Checks(schedule_seed=schedule)
+    judge_here(some_inputs(64, M=100, N=250, causal="lower_right"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ("90", "100", "120"))
+def test_other_targets(attention_emulator, arch):
+    attention_emulator.arch = arch
+    judge_here(some_inputs(128, causal="lower_right"))
+    judge_case("everything", BF16)
+
+
+def width_and_call(width, kind):
+    """A call that the instantiation serves: the narrowest there is for it, or the widest."""
+    D = {WHOLE: width, PADDED: width - 8, GENERAL: width - 1}[kind]
+    return some_inputs(D, M=37, N=170, window=(100, 90))
+
+
+@pytest.mark.slow
+def test_every_instantiation_runs(attention_emulator):
+    for width, kind, dtype in itertools.product(WIDTHS, range(3), (BF16, F16)):
+        inputs = width_and_call(width, kind)
+        inputs |= {name: inputs[name].to(dtype) for name in ("query", "key", "value")}
+        judge_here(inputs)
+    text = nvcc.compile_text(CSRC / "cuda" / "launch_attention.cu", "80", f"-I{CSRC}", f"-I{CSRC / 'cuda'}")
+    assert {name for name, _ in attention_emulator.launched} == set(re.findall(r"\.entry (\w+)\(", text))
+
+
+@pytest.mark.slow
+def test_any_call(attention_emulator):
+    @hypothesis.given(st.data(), sets_of_features(), st.sampled_from((BF16, F16)))
+    @hypothesis.settings(max_examples=100, phases=(hypothesis.Phase.generate,))
+    def checked(data, features, dtype):
+        inputs, fn_only, plain_only = data.draw(calls(features - {"weights"})).inputs(dtype)
+        judge_here(inputs, fn_only=fn_only, plain_only=plain_only)
+
+    checked()

@@ -1,0 +1,243 @@
+"""CUDA attention's gradients, run from PTX: right for every argument, width, type and layout."""
+
+import ctypes
+import itertools
+import re
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import fastformer
+from fastformer.testing import attention_inputs, outputs_and_gradients
+from tests import ptxvm
+from tests.ops import philox
+from tests.ops.attention_cases import CASES, PACKED, Draw, call, kernels_serve, packed_call
+from tests.ops.attention_draws import calls, sets_of_features
+from tests.ops.attention_judge import judge_attention
+from tests.ops.judging import assert_same_bits
+
+from tests.ptxvm import nvcc
+
+from .emulated_attention_backward import A100, ADA, AttentionBwdParams, AttentionBwdPlan
+from .structures import CSRC, plans
+
+pytestmark = pytest.mark.usefixtures("gradient_emulator")
+
+BF16, F16 = torch.bfloat16, torch.float16
+SEED = -0x123456789ABCDEF
+
+
+def score_shape(inputs, longest):
+    query, key = inputs["query"], inputs["key"]
+    if "cu_seqlens_q" in inputs:
+        sequences = inputs["cu_seqlens_q"].shape[0] - 1
+        return sequences, query.shape[1], longest["max_seqlen_q"], longest["max_seqlen_k"]
+    return *query.shape[:3], key.shape[2]
+
+
+def judge_here(inputs, fn_only=None, **how):
+    """Biases whose gradient is a sum, which cuda leaves to other backends, go without one."""
+    inputs = dict(inputs)
+    summed = ["relative_bias"]
+    if "bias" in inputs and inputs["bias"].shape != score_shape(inputs, fn_only):
+        summed.append("bias")
+    for name in summed:
+        if name in inputs:
+            inputs[name] = inputs[name].detach()
+    judge_attention(inputs, backend="cuda", fn_only=fn_only, **how)
+
+
+def some_inputs(D, dtype=BF16, M=140, N=300, **more):
+    """Tiles of queries and keys, full and ragged."""
+    inputs = attention_inputs(1, 2, M, N, D, H_kv=1, dtype=dtype, requires_grad=True)
+    return inputs | {"return_lse": True} | more
+
+
+@pytest.mark.parametrize(
+    "D, M, N, span",
+    [(64, 140, 300, {"causal": "lower_right"}), (128, 200, 200, {"window": (170, 30)})],
+    ids=("causal", "window"),
+)
+def test_full_and_edge_blocks(D, M, N, span):
+    judge_here(some_inputs(D, M=M, N=N, **span))
+
+
+SPANS = ({}, {"causal": "lower_right"}, {"window": (90, 40)}, {"key_lengths": torch.tensor([270])})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
+@pytest.mark.parametrize("D", (64, 128, 256, 32, 80, 96, 176))
+@pytest.mark.parametrize("span", SPANS, ids=("all", "causal", "window", "lengths"))
+def test_full_and_edge_blocks_of_every_width(span, D, dtype):
+    judge_here(some_inputs(D, dtype, **span))
+
+
+@pytest.mark.parametrize("name", ("everything", "lengths and causal", "bias"))
+def test_some_cases(name):
+    judge_here(call(name, BF16, return_lse=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_every_case(name, dtype):
+    inputs = call(name, dtype, return_lse=True)
+    if kernels_serve(inputs):
+        judge_here(inputs)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "lower right" else pytest.param(name, marks=pytest.mark.slow) for name in PACKED]
+)
+def test_packed(name):
+    inputs, longest = packed_call(name, BF16)
+    judge_here(inputs, fn_only=longest)
+
+
+@pytest.mark.parametrize("D", (64, pytest.param(20, marks=pytest.mark.slow)))
+@pytest.mark.parametrize(
+    "layout",
+    (
+        "unaligned",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("transposed", "sliced", "broadcast")),
+    ),
+)
+def test_layouts(layout, D):
+    judge_here(attention_inputs(1, 2, 70, 150, D, dtype=BF16, layout=layout, requires_grad=True))
+
+
+def dropout_of(p, *shape):
+    only = {"dropout_p": p, "seed": torch.tensor([SEED])}
+    return only, {"keep": philox.attention_keep(*shape, SEED, p), "keep_scale": philox.keep_scale(p)}
+
+
+@pytest.mark.parametrize("dtype", (F16, pytest.param(BF16, marks=pytest.mark.slow)), ids=str)
+def test_dropout(dtype):
+    inputs = attention_inputs(1, 2, 70, 140, 32, dtype=dtype, requires_grad=True)
+    fn_only, plain_only = dropout_of(0.3, 1, 2, 70, 140)
+    judge_here(inputs, fn_only=fn_only, plain_only=plain_only)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ({"causal": "lower_right"}, {"dropout_p": 0.4, "seed": 7}), ids=str)
+def test_twice_the_same_bits(more):
+    first, second = (
+        outputs_and_gradients(fastformer.attention, **some_inputs(64, **more), backend="cuda")
+        for _ in range(2)
+    )
+    assert_same_bits(first, second)
+
+
+@pytest.mark.parametrize("D", (40, pytest.param(128, marks=pytest.mark.slow)))
+def test_hidden_keys_may_hold_anything(D):
+    """Past the lengths, between real keys, behind a mask of keys: not a bit of any gradient changes."""
+    hide = Draw(BF16).bools(1, 200)
+    for more, hidden in (
+        ({"key_lengths": torch.tensor([130])}, torch.arange(200) >= 130),
+        ({"key_padding_mask": hide}, ~hide[0]),
+        ({"mask": hide[:, None, None]}, ~hide[0]),
+    ):
+        clean = some_inputs(D, M=20, N=200, **more)
+        dirty = clean | {name: clean[name].detach().clone() for name in ("key", "value")}
+        dirty["key"][..., hidden, :] = torch.inf
+        dirty["value"][..., hidden, :] = torch.nan
+        dirty |= {name: dirty[name].requires_grad_() for name in ("key", "value")}
+        first, second = (
+            outputs_and_gradients(fastformer.attention, **inputs, backend="cuda") for inputs in (clean, dirty)
+        )
+        assert_same_bits(first, second)
+
+
+def launched(emulator, name):
+    return [counters for kernel, counters in emulator.launched if name in kernel]
+
+
+def test_traffic(gradient_emulator):
+    """One block of keys over two tiles of queries reads and writes everything once, in whole sectors and
+    without bank conflicts; beside dQ's float32 sums, which begin as zeros that all warps share, and pivots,
+    which each warp reads."""
+    inputs = attention_inputs(1, 1, 128, 128, 128, dtype=BF16, requires_grad=True)
+    fastformer.attention(**inputs, backend="cuda").sum().backward()
+    (counters,) = launched(gradient_emulator, "keys")
+    rows, pivots = 128 * 128 * 2, 128 * 4 * 4 * 8
+    assert counters.bank_conflicts == 0
+    assert 6 * rows + pivots <= counters.global_load_bytes <= 1.02 * (6 * rows + pivots)
+    assert 4 * rows <= counters.global_store_bytes <= 1.01 * 4 * rows
+    assert counters.load_efficiency > 0.95 and counters.store_efficiency > 0.95
+    (counters,) = launched(gradient_emulator, "queries")
+    assert rows == counters.global_store_bytes == 32 * counters.global_store_sectors
+
+
+@pytest.mark.parametrize("schedule", (1, pytest.param(2, marks=pytest.mark.slow)))
+def test_warps_in_any_order(gradient_emulator, schedule):
+    gradient_emulator.checks = ptxvm.Checks(schedule_seed=schedule)
+    judge_here(some_inputs(64, M=100, N=150, causal="lower_right"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("D", (64, 128))
+def test_little_shared_memory(gradient_emulator, D):
+    gradient_emulator.most_shared = ADA
+    judge_here(some_inputs(D, causal="lower_right"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ("90", "100", "120"))
+def test_other_targets(gradient_emulator, arch):
+    gradient_emulator.arch = arch
+    if arch == "120":
+        gradient_emulator.most_shared = ADA
+    judge_here(some_inputs(128, causal="lower_right"))
+    judge_here(call("everything", BF16))
+
+
+@hypothesis.given(
+    lengths=st.lists(st.integers(0, 300), min_size=1, max_size=6),
+    D=st.sampled_from((64, 128, 256)),
+    most=st.sampled_from((A100, ADA)),
+)
+def test_packed_tiles_have_slots_of_their_own(ptx_cache, lengths, D, most):
+    """As slot_of_tile counts them: none is shared, and the plan's number is enough."""
+    p, plan = AttentionBwdParams(), AttentionBwdPlan()
+    p.call.B, p.call.H, p.call.group, p.call.D, p.call.D_v = len(lengths), 1, 1, D, D
+    p.call.M = p.call.N = max(lengths)
+    p.call.starts_q = 1
+    total = sum(lengths)
+    sizes = ctypes.c_int64(total), ctypes.c_int64(most)
+    plans().plan_attention_backward(ctypes.byref(p), *sizes, ctypes.byref(plan))
+    if D == 256 and most == ADA:
+        assert plan.block_d == 0
+        return
+    assert plan.block_d == D and plan.shared_bytes + 1024 <= most
+    starts = itertools.accumulate(lengths, initial=0)
+    taken = [
+        start // plan.block_m + b + tile
+        for b, (start, length) in enumerate(zip(starts, lengths, strict=False))
+        for tile in range(-(-length // plan.block_m))
+    ]
+    assert len(set(taken)) == len(taken) and max(taken, default=0) < p.slots
+    assert plan.rows == p.slots * plan.block_m
+
+
+@pytest.mark.slow
+def test_every_instantiation_runs(gradient_emulator):
+    for D, dtype in itertools.product((63, 64, 127, 128, 200), (BF16, F16)):
+        judge_here(some_inputs(D, dtype, M=70, N=170, window=(100, 90)) | {"sink": Draw(dtype).floats(2)})
+    folders = f"-I{CSRC}", f"-I{CSRC / 'cuda'}"
+    text = nvcc.compile_text(CSRC / "cuda" / "launch_attention_bwd.cu", "80", *folders)
+    ran = {name for name, _ in gradient_emulator.launched if "bwd" in name}
+    assert ran == set(re.findall(r"\.entry (\w+)\(", text))
+
+
+@pytest.mark.slow
+def test_any_call():
+    @hypothesis.given(st.data(), sets_of_features(), st.sampled_from((BF16, F16)))
+    @hypothesis.settings(max_examples=60, phases=(hypothesis.Phase.generate,))
+    def checked(data, features, dtype):
+        inputs, fn_only, plain_only = data.draw(calls(features - {"weights"})).inputs(dtype)
+        judge_here(inputs, fn_only=fn_only, plain_only=plain_only)
+
+    checked()
