@@ -17,7 +17,6 @@ from tests.ops.attention_cases import CASES, PACKED, Draw, call, kernels_serve, 
 from tests.ops.attention_draws import calls, sets_of_features
 from tests.ops.attention_judge import judge_attention
 from tests.ops.judging import assert_same_bits
-
 from tests.ptxvm import nvcc
 
 from .emulated_attention_backward import A100, ADA, AttentionBwdParams, AttentionBwdPlan
