@@ -35,11 +35,11 @@ def kernel(dtype, plan, arch):
     return module.kernel(kernel_name(dtype, plan))
 
 
-def _contiguous_rows(tensor):
+def contiguous_rows(tensor):
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _strides(tensor):
+def strides_of(tensor):
     """0 where a dimension has one element."""
     return [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
 
@@ -55,7 +55,7 @@ class AttentionEmulator:
     tensors: dict = None  # {path of a pointer in the parameters: tensor}
 
     def _set_rows(self, name, tensor):
-        strides = _strides(tensor)[:-1]
+        strides = strides_of(tensor)[:-1]
         if tensor.dim() == 3:
             strides = [0, strides[1], strides[0]]
         self.tensors[f"{name}.data"] = tensor
@@ -74,12 +74,12 @@ class AttentionEmulator:
 
     def _set_masks(self, mask, padding, lengths, bias):
         if mask is not None and mask.shape[2] == 1:
-            self._set_scores("key_mask", mask, _strides(mask))
+            self._set_scores("key_mask", mask, strides_of(mask))
         else:
-            self._set_scores("mask", mask, mask is not None and _strides(mask))
+            self._set_scores("mask", mask, mask is not None and strides_of(mask))
         if padding is not None:
             self._set_scores("padding", padding, (padding.stride(0), 0, 0, padding.stride(1)))
-        self._set_scores("bias", bias, bias is not None and _strides(bias))
+        self._set_scores("bias", bias, bias is not None and strides_of(bias))
         if lengths is not None:
             lengths = lengths.contiguous()
             self.params.wide_lengths = lengths.dtype == torch.int64
@@ -88,8 +88,8 @@ class AttentionEmulator:
     def _set_vectors(self, relative_bias, sink):
         p = self.params
         if relative_bias is not None:
-            relative_bias = _contiguous_rows(relative_bias)
-            p.relative_bias_stride_h = _strides(relative_bias)[0]
+            relative_bias = contiguous_rows(relative_bias)
+            p.relative_bias_stride_h = strides_of(relative_bias)[0]
             p.relative_bias_dtype = DTYPES[relative_bias.dtype]
         self._set_pointer("relative_bias", relative_bias)
         if sink is not None:
@@ -113,7 +113,7 @@ class AttentionEmulator:
         return results
 
     def _set_results(self, packed, out, lse, row_max, row_sum):
-        self._set_rows("out", _contiguous_rows(out))
+        self._set_rows("out", contiguous_rows(out))
         for name, tensor in {"lse": lse, "row_max": row_max, "row_sum": row_sum}.items():
             self._set_pointer(name, tensor)
         strides = (0, row_max.stride(0)) if packed else row_max.stride()[:2]
@@ -132,7 +132,7 @@ class AttentionEmulator:
         p.H, p.D, p.D_v = query.shape[1], query.shape[-1], value.shape[-1]
         p.group = p.H // max(key.shape[1], 1)
         for name, tensor in {"query": query, "key": key, "value": value}.items():
-            self._set_rows(name, _contiguous_rows(tensor))
+            self._set_rows(name, contiguous_rows(tensor))
         self._set_masks(mask, padding, lengths, bias)
         self._set_vectors(relative_bias, sink)
         if packed:

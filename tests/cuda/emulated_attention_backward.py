@@ -9,7 +9,7 @@ import torch
 
 from tests.ptxvm import nvcc
 
-from .emulated_attention import AttentionEmulator, _contiguous_rows, _strides
+from .emulated_attention import AttentionEmulator, contiguous_rows, strides_of
 from .structures import CSRC, DTYPES, HERE, plans, poisoned, struct_argument, structure
 
 AttentionBwdParams = structure("cuda/attention_bwd_plan.h", "AttentionBwdParams")
@@ -56,13 +56,13 @@ class AttentionBackwardEmulator(AttentionEmulator):
         self._set_results(packed, out, row_max, row_max, row_sum)
         tensors = {f"call.{name}": tensor for name, tensor in self.tensors.items() if name != "lse"}
         self.params, self.tensors = bwd, tensors
-        grad_out = torch.zeros_like(out) if grad_out is None else _contiguous_rows(grad_out)
+        grad_out = torch.zeros_like(out) if grad_out is None else contiguous_rows(grad_out)
         for name, tensor in zip(("out", "query", "key", "value"), (grad_out, *grads), strict=True):
             self._set_rows(f"grad_{name}", tensor)
         self._set_pointer("grad_lse", None if grad_lse is None else grad_lse.contiguous())
         if need_bias:
             assert bias.shape == (bwd.call.B, bwd.call.H, bwd.call.M, bwd.call.N)
-            self._set_scores("grad_bias", grad_bias, _strides(grad_bias))
+            self._set_scores("grad_bias", grad_bias, strides_of(grad_bias))
         self._set_pointer("grad_sink", grad_sink if need_sink else None)
         self._run(query.dtype, query.shape[0] if packed else 0)
         return results
