@@ -15,35 +15,32 @@ def ptx_cache(request):
 
 
 @pytest.fixture
-def emulator(monkeypatch):
-    """The cuda backend serves CPU tensors, by way of its raw operators and ptxvm."""
-    running = Emulator()
-    library = Library("fastformer", "IMPL")
-    library.impl("norm_fwd_cuda", running.norm_fwd, "CPU")
-    library.impl("norm_bwd_cuda", running.norm_bwd, "CPU")
+def serve(monkeypatch):
+    """Lets the cuda backend serve CPU tensors by an emulator's raw operators of these names, on ptxvm."""
     monkeypatch.setattr(cuda, "why_not", lambda op, spec, tensors: None)
-    yield running
+    library = Library("fastformer", "IMPL")
+
+    def serve(running, *ops):
+        for op in ops:
+            library.impl(f"{op}_cuda", getattr(running, op), "CPU")
+        return running
+
+    yield serve
     library._destroy()
 
 
 @pytest.fixture
-def attention_emulator(monkeypatch):
-    """The same for attention's forward, of which the cuda backend asks for 16-bit types."""
-    running = AttentionEmulator()
-    library = Library("fastformer", "IMPL")
-    library.impl("attention_fwd_cuda", running.attention_fwd, "CPU")
-    monkeypatch.setattr(cuda, "why_not", lambda op, spec, tensors: None)
-    yield running
-    library._destroy()
+def emulator(serve):
+    return serve(Emulator(), "norm_fwd", "norm_bwd")
 
 
 @pytest.fixture
-def gradient_emulator(monkeypatch):
-    """The same for both directions of attention."""
-    running = AttentionBackwardEmulator()
-    library = Library("fastformer", "IMPL")
-    library.impl("attention_fwd_cuda", running.attention_fwd, "CPU")
-    library.impl("attention_bwd_cuda", running.attention_bwd, "CPU")
-    monkeypatch.setattr(cuda, "why_not", lambda op, spec, tensors: None)
-    yield running
-    library._destroy()
+def attention_emulator(serve):
+    """Of attention's forward, of which the cuda backend asks for 16-bit types."""
+    return serve(AttentionEmulator(), "attention_fwd")
+
+
+@pytest.fixture
+def gradient_emulator(serve):
+    """Of both directions of attention."""
+    return serve(AttentionBackwardEmulator(), "attention_fwd", "attention_bwd")

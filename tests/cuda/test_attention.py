@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 import fastformer
 from fastformer.testing import attention_inputs
 from tests import ptxvm
-from tests.ops import philox
 from tests.ops.attention_cases import CASES, PACKED, Draw, call, kernels_serve, packed_call
 from tests.ops.attention_draws import calls, sets_of_features
 from tests.ops.attention_judge import judge_attention
+from tests.ops.dropout_calls import dropout_of
 from tests.ops.judging import assert_same_bits, without_grad
 from tests.ptxvm import nvcc
 
@@ -26,7 +26,6 @@ pytestmark = pytest.mark.usefixtures("attention_emulator")
 BF16, F16 = torch.bfloat16, torch.float16
 WIDTHS = (32, 64, 96, 128, 192, 256)
 WHOLE, PADDED, GENERAL = range(3)
-SEED = -0x123456789ABCDEF
 
 
 def judge_here(inputs, **how):
@@ -117,11 +116,6 @@ def test_rows_are_read_in_place(attention_emulator):
 def test_scores_read_two_columns_at_a_time(attention_emulator, name, tensor):
     judge_here(attention_inputs(B=2, H=2, M=40, N=100, D=32, dtype=BF16) | {name: tensor})
     assert getattr(attention_emulator.params, f"{name}_pairs")
-
-
-def dropout_of(p, *shape):
-    only = {"dropout_p": p, "seed": torch.tensor([SEED])}
-    return only, {"keep": philox.attention_keep(*shape, SEED, p), "keep_scale": philox.keep_scale(p)}
 
 
 @pytest.mark.parametrize("dtype", (F16, pytest.param(BF16, marks=pytest.mark.slow)), ids=str)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 import fastformer
 from fastformer.testing import attention_inputs, outputs_and_gradients
 from tests import ptxvm
-from tests.ops import philox
 from tests.ops.attention_cases import CASES, PACKED, Draw, call, kernels_serve, packed_call
 from tests.ops.attention_draws import calls, sets_of_features
 from tests.ops.attention_judge import judge_attention
+from tests.ops.dropout_calls import dropout_of
 from tests.ops.judging import assert_same_bits
 from tests.ptxvm import nvcc
 
@@ -25,7 +25,6 @@ from .structures import CSRC, plans
 pytestmark = pytest.mark.usefixtures("gradient_emulator")
 
 BF16, F16 = torch.bfloat16, torch.float16
-SEED = -0x123456789ABCDEF
 
 
 def score_shape(inputs, longest):
@@ -106,11 +105,6 @@ def test_packed(name):
 )
 def test_layouts(layout, D):
     judge_here(attention_inputs(1, 2, 70, 150, D, dtype=BF16, layout=layout, requires_grad=True))
-
-
-def dropout_of(p, *shape):
-    only = {"dropout_p": p, "seed": torch.tensor([SEED])}
-    return only, {"keep": philox.attention_keep(*shape, SEED, p), "keep_scale": philox.keep_scale(p)}
 
 
 @pytest.mark.parametrize("dtype", (F16, pytest.param(BF16, marks=pytest.mark.slow)), ids=str)

@@ -16,6 +16,12 @@ def seed_tensor(seed):
     return torch.tensor([seed])
 
 
+def dropout_of(p, *shape, seed=-0x123456789ABCDEF):
+    """What fastformer.attention alone takes and what the plain formula alone takes; shape: [B, H, M, N]."""
+    only = {"dropout_p": p, "seed": seed_tensor(seed)}
+    return only, {"keep": philox.attention_keep(*shape, seed, p), "keep_scale": philox.keep_scale(p)}
+
+
 def attention_scaled_keep(B, H, M, N, seed, p, *, backend=None, H_kv=None):
     """keep * scale [B, H, M, N]: every score is 0, so every weight is 1/N, and v is the identity times N."""
     query, key = torch.zeros(B, H, M, 4), torch.zeros(B, H_kv or H, N, 4)
