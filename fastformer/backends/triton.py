@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from . import raw_ops
+from . import paged, raw_ops
 
 # {raw operator: the module of its launcher, which the first call imports}.
 _LAUNCHERS = {
@@ -31,6 +31,7 @@ _LAUNCHERS = {
     "feed_forward_fwd": "feed_forward",
     "feed_forward_bwd": "feed_forward_bwd",
 }
+_SERVED = (*_LAUNCHERS, "paged_attention_fwd")
 # Grids and row numbers are 32-bit.
 _MAX_ROWS = 2**31 - 1
 # A product counts past the last row and the last column of k to the end of its tile.
@@ -92,7 +93,7 @@ def _unusable(device: torch.device) -> str | None:
 
 def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
     """None if `op` on these tensors can be served, else the reason in one sentence."""
-    if op not in _LAUNCHERS:
+    if op not in _SERVED:
         return f"it has no {op} yet"
     first = tensors[0]
     assert first is not None
@@ -105,13 +106,13 @@ def _size_refusal(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     most = _MAX_FEED_FORWARD_ROWS if op.startswith("feed_forward") else _MAX_ROWS
     if math.prod(first.shape[:-1]) > most:
         return f"its kernels take at most {most} rows"
-    if op.startswith("attention"):
+    if "attention" in op:
         value = tensors[2]
         assert value is not None
         for name, width in (("query", first.shape[-1]), ("value", value.shape[-1])):
             if not 1 <= width <= _MAX_HEAD_DIM:
                 return f"its attention takes head dims of 1 to {_MAX_HEAD_DIM}, and {name}'s is {width}"
-    return None
+    return paged.refusal(tensors) if op == "paged_attention_fwd" else None
 
 
 def configuration(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
@@ -129,7 +130,7 @@ def configuration(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str
     )
 
 
-globals().update(raw_ops.functions("triton", _LAUNCHERS))
+globals().update(raw_ops.functions("triton", _SERVED))
 
 
 @functools.cache
@@ -146,3 +147,4 @@ _library = Library("fastformer", "IMPL")
 for _key in ("CUDA", "CPU"):  # CPU: the interpreter
     for _op in _LAUNCHERS:
         _library.impl(f"{_op}_triton", partial(_launch, _op), _key)
+    _library.impl("paged_attention_fwd_triton", partial(paged.paged_attention_fwd, "triton", False), _key)
