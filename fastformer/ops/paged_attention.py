@@ -79,8 +79,8 @@ def paged_attention(
       open. softcap c: c * tanh(score / c). sink [H]: a logit that joins the softmax's denominator only.
       scale: 1 / sqrt(D) when None.
 
-    Returns out [B, H, M, D_v]; with return_lse (out, lse), lse [B, H, M] float32. A query that sees no key,
-    as where lengths[b] is 0 or its own position negative, gives out 0 and lse -inf (with a sink: its logit).
+    Returns out [B, H, M, D_v]; with return_lse (out, lse), lse [B, H, M] float32. A query that sees no key
+    (lengths[b] is 0 or, causal, its position negative) gives out 0 and lse -inf (with a sink: its logit).
 
     Raises ValueError for shapes, values, devices and where a tensor requires grad while grad mode is on,
     TypeError for dtypes, BackendError where `backend` names one that cannot serve.
