@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor
-from torch.library import Library
 
-from . import paged, raw_ops
+from . import raw_ops
 
 # Importing the extension registers its operators.
 try:
@@ -52,10 +50,8 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
         return refusal
     if op in ("norm_fwd", "norm_bwd"):
         return "it takes rows of at least one column" if first.shape[-1] == 0 else None
-    if op in ("attention_fwd", "attention_bwd"):
+    if op in ("attention_fwd", "attention_bwd", "paged_attention_fwd"):
         return _attention_refusal(tensors)
-    if op == "paged_attention_fwd":
-        return _attention_refusal(tensors) or paged.refusal(tensors)
     _, w1, _, _, _, w2, *_ = tensors
     if any(matrix is not None and 0 in matrix.shape for matrix in (w1, w2)):
         return "its feed_forward takes weights of at least one row and one column"
@@ -72,6 +68,3 @@ def _attention_refusal(tensors: tuple[Tensor | None, ...]) -> str | None:
 
 
 globals().update(raw_ops.functions("cpu", (*_SERVED, "attention_weights")))
-
-_library = Library("fastformer", "IMPL")
-_library.impl("paged_attention_fwd_cpu", partial(paged.paged_attention_fwd, "cpu", True), "CPU")

@@ -1,7 +1,8 @@
-"""paged_attention by a backend's attention, for backends that have no kernel of its own for it.
+"""paged_attention by a backend's attention, for backends that have no kernel of their own for it.
 
 The keys of all batch elements are gathered one after another: packed sequences, whose diagonals end at each
-sequence's own last key, as a padded batch's do not.
+sequence's own last key, as a padded batch's do not. There are as many rows as the page table has room for,
+whatever the lengths, so that nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ def refusal(tensors: tuple[Tensor | None, ...]) -> str | None:
 
 def paged_attention_fwd(
     backend: str,
-    counts: bool,
     query: Tensor,
     key_pages: Tensor,
     value_pages: Tensor,
@@ -42,22 +42,14 @@ def paged_attention_fwd(
     right: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """The raw operator of fastformer/ops/paged_attention.py, by the raw attention_fwd of `backend`.
-
-    counts: Whether to gather the real keys alone, for which the host reads their number. Otherwise there are
-        as many rows as the page table has room for, and nothing waits for the device.
-    """
+    """The raw operator of fastformer/ops/paged_attention.py, by the raw attention_fwd of `backend`."""
     B, H, M, _ = query.shape
     if 0 in (B, H, M):
         out = query.new_empty(B, H, M, value_pages.shape[-1])
         return out, query.new_empty(B, H, M, dtype=torch.float32)
     longest = page_table.shape[1] * key_pages.shape[1]
-    rows = B * longest
-    held = lengths.clamp(0, longest)
-    bounds = F.pad(held.cumsum(0), (1, 0))  # int64 [B + 1]
-    if counts:
-        rows, longest = int(bounds[-1]), int(held.max())
-    places = _places(page_table, bounds, rows, key_pages)
+    bounds = F.pad(lengths.clamp(0, longest).cumsum(0), (1, 0))  # int64 [B + 1]
+    places = _places(page_table, bounds, B * longest, key_pages)
     spec = AttentionSpec(scale, left, right, True, softcap, max_seqlen_q=M, max_seqlen_k=longest)
     starts_q = torch.arange(B + 1, dtype=torch.int32, device=query.device) * M
     out, lse, _, _ = raw_ops.attention_fwd(

@@ -147,4 +147,4 @@ _library = Library("fastformer", "IMPL")
 for _key in ("CUDA", "CPU"):  # CPU: the interpreter
     for _op in _LAUNCHERS:
         _library.impl(f"{_op}_triton", partial(_launch, _op), _key)
-    _library.impl("paged_attention_fwd_triton", partial(paged.paged_attention_fwd, "triton", False), _key)
+    _library.impl("paged_attention_fwd_triton", partial(paged.paged_attention_fwd, "triton"), _key)

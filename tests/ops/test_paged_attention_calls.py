@@ -223,7 +223,7 @@ def test_what_is_gathered_for_a_gpu_waits_for_nothing():
     inputs = paged_inputs((40, 20, 0), M=3, D_v=24)
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t) for t in inputs.values()]
-        out, lse = paged.paged_attention_fwd("triton", False, *fakes, None, 0.25, None, 0, None)
+        out, lse = paged.paged_attention_fwd("triton", *fakes, None, 0.25, None, 0, None)
     assert out.shape == (3, 4, 3, 24) and lse.shape == (3, 4, 3)
 
 
