@@ -281,10 +281,10 @@ def paged_attention(
     # Past a sequence's last page the table may hold anything.
     pages = page_table.long().clamp(0, P - 1)
     key, value = (cache[pages].flatten(1, 2).transpose(1, 2) for cache in (key_pages, value_pages))
-    lengths_k = lengths.clamp(0, page_table.shape[1] * S)
+    lengths_k = lengths.long().clamp(0, page_table.shape[1] * S)
     asked = AttentionSpec(spec.scale, spec.left, spec.right, True, spec.softcap)
     out, lse, _ = _attention_padded(
-        asked, query, key, value, None, None, torch.full_like(lengths, M), lengths_k, None, None, sink, None
+        asked, query, key, value, None, None, torch.full_like(lengths_k, M), lengths_k, None, None, sink, None
     )
     return out, lse
 
