@@ -100,8 +100,8 @@ struct KeyMasks {
 };
 
 // Keys and values in the pages of a cache: key j of batch element b is row j % size of page
-// table[b * stride_b + j / size * stride_n], which is clamped to the pages that exist. `key` and `value` then
-// have pages in the place of batch elements, and N is that of the longest.
+// table[b * stride_b + j / size * stride_n]; what is no page's number counts as the last. `key` and `value`
+// then have pages in the place of batch elements, and N is that of the longest.
 struct Pages {
   const int32_t* table = nullptr;  // [B, pages]; null: a batch element's keys lie in rows
   int64_t stride_b = 0, stride_n = 0;

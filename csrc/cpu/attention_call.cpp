@@ -201,9 +201,9 @@ void AttentionCall::set_masks(const AttentionArguments& arguments) {
 
 PagedAttentionCall::PagedAttentionCall(const Tensor& query, const Tensor& key_pages,
                                        const Tensor& value_pages, const Tensor& page_table,
-                                       const Tensor& lengths, const std::optional<Tensor>& sink,
-                                       double scale, std::optional<int64_t> left,
-                                       std::optional<int64_t> right, std::optional<double> softcap)
+                                       const Tensor& lengths, const std::optional<Tensor>& sink, double scale,
+                                       std::optional<int64_t> left, std::optional<int64_t> right,
+                                       std::optional<double> softcap)
     : query_(with_contiguous_rows(query)),
       key_pages_(with_contiguous_rows(key_pages)),
       value_pages_(with_contiguous_rows(value_pages)),

@@ -58,8 +58,6 @@ struct ForwardBuffers {
   float* query;         // [chunk_rows, ldq], with Logits' sign
   float* key;           // [key_block / kPanel, D, kPanel]
   float* value;         // [key_block, ldo]
-  float* key_rows = nullptr;    // [key_block, D] of the call's dtype, fetched from pages; else null
-  float* value_rows = nullptr;  // [key_block, D_v], like it
   float* out;           // [chunk_rows, ldo], not yet divided by row_sum
   float* scores;        // [kTileRows, kScoreStride]
   float* row_max;       // [chunk_rows]
@@ -67,6 +65,10 @@ struct ForwardBuffers {
   float* rescale;       // [kTileRows]
   uint8_t* is_real;     // [key_block]
   uint16_t* decisions;  // [decision_buffer(key_block)]
+
+  // Of the call's dtype, fetched from their pages; null where there are none.
+  float* key_rows = nullptr;    // [key_block, D]
+  float* value_rows = nullptr;  // [key_block, D_v]
 };
 
 // A block of keys as the tiles read it.
@@ -238,7 +240,7 @@ static BlockRows<T> rows_of_block(const Chunk<T>& chunk, const KeyBlock<T>& bloc
   for (int64_t n = 0; n < block.count;) {
     const int64_t j = block.first + n, first = j % pages.size;
     const int64_t count = smaller(pages.size - first, block.count - n);
-    const int64_t page = larger(0, smaller(pages.count - 1, table[j / pages.size * pages.stride_n]));
+    const int64_t page = smaller(pages.count - 1, (uint32_t)table[j / pages.size * pages.stride_n]);
     const T* const source =
         (const T*)rows.data + page * rows.stride_b + chunk.h_kv * rows.stride_h + first * rows.stride_row;
     for (int64_t row = 0; row < count; ++row) {

@@ -66,8 +66,7 @@ std::tuple<Tensor, Tensor> paged_attention_fwd(const Tensor& query, const Tensor
                                                const Tensor& value_pages, const Tensor& page_table,
                                                const Tensor& lengths, const std::optional<Tensor>& sink,
                                                double scale, std::optional<int64_t> left,
-                                               std::optional<int64_t> right,
-                                               std::optional<double> softcap) {
+                                               std::optional<int64_t> right, std::optional<double> softcap) {
   const PagedAttentionCall call(query, key_pages, value_pages, page_table, lengths, sink, scale, left, right,
                                 softcap);
   const auto outputs = forward(call.attention, query);

@@ -17,8 +17,7 @@ std::tuple<Tensor, Tensor> paged_attention_fwd(const Tensor& query, const Tensor
                                                const Tensor& value_pages, const Tensor& page_table,
                                                const Tensor& lengths, const std::optional<Tensor>& sink,
                                                double scale, std::optional<int64_t> left,
-                                               std::optional<int64_t> right,
-                                               std::optional<double> softcap);
+                                               std::optional<int64_t> right, std::optional<double> softcap);
 
 Tensor attention_weights(const Tensor& row_max, const Tensor& row_sum, FASTFORMER_ATTENTION_PARAMETERS,
                          bool mean);

@@ -78,4 +78,5 @@ def _places(page_table: Tensor, bounds: Tensor, rows: int, key_pages: Tensor) ->
     sequence = torch.searchsorted(bounds[1:], row, right=True).clamp(max=B - 1)
     position = row - bounds[sequence]
     page = page_table[sequence, (position // S).clamp(max=columns - 1)]
-    return page.long().clamp(0, P - 1), position % S
+    # What is no page's number counts as the last.
+    return torch.where((page >= 0) & (page < P), page, P - 1).long(), position % S

@@ -278,8 +278,8 @@ def paged_attention(
 ) -> tuple[Tensor, Tensor]:
     """out, lse: attention of a padded batch of which every element has the corner of its own length."""
     M, (P, S) = query.shape[2], key_pages.shape[:2]
-    # Past a sequence's last page the table may hold anything.
-    pages = page_table.long().clamp(0, P - 1)
+    # Past a sequence's last page the table may hold anything; what is no page's number counts as the last.
+    pages = torch.where((page_table >= 0) & (page_table < P), page_table, P - 1).long()
     key, value = (cache[pages].flatten(1, 2).transpose(1, 2) for cache in (key_pages, value_pages))
     lengths_k = lengths.long().clamp(0, page_table.shape[1] * S)
     asked = AttentionSpec(spec.scale, spec.left, spec.right, True, spec.softcap)

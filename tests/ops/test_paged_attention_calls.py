@@ -91,9 +91,9 @@ def test_a_wrong_argument_is_named(what):
 
 def test_dtypes_that_are_wanted_are_told():
     inputs = paged_inputs((40, 20))
-    with pytest.raises(TypeError, match="torch.int64; wanted int32$"):
+    with pytest.raises(TypeError, match=r"torch.int64; wanted int32$"):
         fastformer.paged_attention(**inputs | {"page_table": inputs["page_table"].long()})
-    with pytest.raises(TypeError, match="torch.int16; wanted int32 or int64$"):
+    with pytest.raises(TypeError, match=r"torch.int16; wanted int32 or int64$"):
         fastformer.paged_attention(**inputs | {"lengths": inputs["lengths"].to(torch.int16)})
 
 
