@@ -131,6 +131,20 @@ def test_another_order_of_pages_changes_no_bit(backend, M):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_of_the_table_and_of_lengths_change_no_bit(backend):
+    skip_unless_built(backend)
+    inputs = paged_inputs((40, 16, 17, 0, 1)) | {"return_lse": True}
+    clean = run(inputs, backend)
+    table, lengths = inputs["page_table"], inputs["lengths"]
+    second = lambda t: torch.stack([t, t + 1], -1)[..., 0]
+    every_second = {"page_table": second(table), "lengths": second(lengths)}
+    assert_same_bits(clean, run(inputs | every_second, backend))
+    wide = torch.cat([table, table + 1], 1)[:, : table.shape[1]]
+    for strided in (wide, table.t().contiguous().t()):
+        assert_same_bits(clean, run(inputs | {"page_table": strided}, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_sequences_may_share_pages(backend):
     """A common beginning of two whole pages, then each its own."""
     skip_unless_built(backend)

@@ -182,6 +182,7 @@ def test_another_shape_compiles_nothing_new(fresh_dynamo):
         assert "fastformer.paged_attention_fwd_cpu.default" in called_operators(*counter.graphs)
 
 
+@pytest.mark.slow
 def test_the_reference_compiles_in_one_graph(fresh_dynamo):
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     with fastformer.use_backend("reference"):
