@@ -8,6 +8,7 @@ whatever the lengths, so that nothing waits for the device.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,7 @@ def refusal(tensors: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
-def paged_attention_fwd(
-    backend: str,
+def packed(
     query: Tensor,
     key_pages: Tensor,
     value_pages: Tensor,
@@ -41,29 +41,27 @@ def paged_attention_fwd(
     left: int | None,
     right: int | None,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """The raw operator of fastformer/ops/paged_attention.py, by the raw attention_fwd of `backend`."""
-    B, H, M, _ = query.shape
-    if 0 in (B, H, M):
-        out = query.new_empty(B, H, M, value_pages.shape[-1])
-        return out, query.new_empty(B, H, M, dtype=torch.float32)
+) -> tuple[AttentionSpec, tuple[Tensor | None, ...]]:
+    """The same as a call of attention, with the tensors of specs.ATTENTION_TENSORS."""
+    B, M = query.shape[0], query.shape[2]
     longest = page_table.shape[1] * key_pages.shape[1]
     bounds = F.pad(lengths.clamp(0, longest).cumsum(0), (1, 0))  # int64 [B + 1]
     places = _places(page_table, bounds, B * longest, key_pages)
-    spec = AttentionSpec(scale, left, right, True, softcap, max_seqlen_q=M, max_seqlen_k=longest)
+    rows = query.transpose(1, 2).flatten(0, 1)  # [B * M, H, D]
+    key, value = key_pages[places], value_pages[places]  # [B * longest, H_kv, D]
     starts_q = torch.arange(B + 1, dtype=torch.int32, device=query.device) * M
-    out, lse, _, _ = raw_ops.attention_fwd(
-        backend,
-        spec,
-        query.transpose(1, 2).flatten(0, 1),  # [B * M, H, D]
-        key_pages[places],  # [rows, H_kv, D]
-        value_pages[places],
-        *(None,) * 5,
-        sink,
-        None,
-        starts_q,
-        bounds.to(torch.int32),
-    )
+    spec = AttentionSpec(scale, left, right, True, softcap, max_seqlen_q=M, max_seqlen_k=longest)
+    return spec, (rows, key, value, *(None,) * 5, sink, None, starts_q, bounds.to(torch.int32))
+
+
+def paged_attention_fwd(backend: str, query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """The raw operator of fastformer/ops/paged_attention.py, by the raw attention_fwd of `backend`."""
+    B, H, M, _ = query.shape
+    if 0 in (B, H, M):
+        out = query.new_empty(B, H, M, arguments[1].shape[-1])
+        return out, query.new_empty(B, H, M, dtype=torch.float32)
+    spec, tensors = packed(query, *arguments)
+    out, lse, _, _ = raw_ops.attention_fwd(backend, spec, *tensors)
     contiguous = torch.contiguous_format
     return (
         out.view(B, M, H, -1).transpose(1, 2).clone(memory_format=contiguous),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from ..specs import PagedAttentionSpec
 from . import paged, raw_ops
 
 # {raw operator: the module of its launcher, which the first call imports}.
@@ -119,6 +120,8 @@ def configuration(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str
     """The tiles that `op`, which is served, chooses for these tensors, those of forward for backward too."""
     from ..triton_kernels.chosen import TILES
 
+    if op == "paged_attention_fwd":
+        return _packed_configuration(spec, tensors)
     if op not in TILES or any(tensor is not None and tensor.numel() == 0 for tensor in tensors):
         return None
     on_gpu = any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors)
@@ -128,6 +131,18 @@ def configuration(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str
         (f"{kernel}: " if kernel else "") + ", ".join(f"{n}={value}" for n, value in tile._asdict().items())
         for kernel, tile in TILES[op](spec, *tensors).items()
     )
+
+
+def _packed_configuration(spec: PagedAttentionSpec, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """That of attention on what is gathered. Nothing is: fake tensors have no memory."""
+    from torch._subclasses import FakeTensor, FakeTensorMode
+
+    if any(isinstance(tensor, FakeTensor) or tensor.numel() == 0 for tensor in tensors if tensor is not None):
+        return None
+    with FakeTensorMode() as mode:
+        fakes = (None if tensor is None else mode.from_tensor(tensor) for tensor in tensors)
+        asked, gathered = paged.packed(*fakes, spec.scale, spec.left, spec.right, spec.softcap)
+    return configuration("attention_fwd", asked, gathered)
 
 
 globals().update(raw_ops.functions("triton", _SERVED))
