@@ -140,8 +140,9 @@ def _packed_configuration(spec: PagedAttentionSpec, tensors: tuple[Tensor | None
     if any(isinstance(tensor, FakeTensor) or tensor.numel() == 0 for tensor in tensors if tensor is not None):
         return None
     with FakeTensorMode() as mode:
-        fakes = (None if tensor is None else mode.from_tensor(tensor) for tensor in tensors)
-        asked, gathered = paged.packed(*fakes, spec.scale, spec.left, spec.right, spec.softcap)
+        fakes = [None if tensor is None else mode.from_tensor(tensor) for tensor in tensors]
+        arguments: list[Any] = [*fakes, spec.scale, spec.left, spec.right, spec.softcap]
+        asked, gathered = paged.packed(*arguments)
     return configuration("attention_fwd", asked, gathered)
 
 

@@ -12,7 +12,6 @@ pytest.importorskip("triton")
 import fastformer
 from fastformer.backends import triton as backend
 from fastformer.testing import attention_inputs, feed_forward_inputs, outputs_and_gradients
-
 from tests.ops.paged_cases import paged_inputs
 
 from .offline import catch_launches
