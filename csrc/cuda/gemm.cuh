@@ -65,29 +65,35 @@ struct OperandCopier {
     }
   }
 
-  // Starts to copy one step, of which `left` of k there are, and goes on to the next; zeros beyond.
+  static __device__ __forceinline__ uint32_t place_in(uint32_t shared, int i) {
+    return shared + place_in_panel<kPanel>(row(), unit()) + i * (kOperandBytes / 4);
+  }
+
+  // Starts to copy unit i of a step of which `left` of k there are, zeros beyond, and goes on to the next step.
+  __device__ __forceinline__ void start(int i, uint32_t shared, int left) {
+    copy_async(place_in(shared, i), from[i], depth(i) < left);
+    from[i] += advance;
+  }
+
+  // The same of all units.
   __device__ __forceinline__ void copy(uint32_t shared, int left, bool aligned) {
-    const uint32_t place = shared + place_in_panel<kPanel>(row(), unit());
-    if (aligned) {
+    if (!aligned) return copy_elements(shared, left);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) copy_async(place + i * (kOperandBytes / 4), from[i], depth(i) < left);
-    } else {
-      copy_elements(place, left);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) from[i] += advance;
+    for (int i = 0; i < 4; ++i) start(i, shared, left);
   }
 
   // Of rows that are not aligned, at once.
-  __device__ __forceinline__ void copy_elements(uint32_t place, int left) const {
+  __device__ __forceinline__ void copy_elements(uint32_t shared, int left) {
 #pragma unroll 1
     for (int e = 0; e < 8; ++e) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const bool real = kRowsOfK ? depth(i) < left && e < columns - i / 2 * kGemmHalf : depth(i) + e < left;
-        store_shared(place + i * (kOperandBytes / 4) + 2 * e, real ? from[i][e] : uint16_t{0});
+        store_shared(place_in(shared, i) + 2 * e, real ? from[i][e] : uint16_t{0});
       }
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) from[i] += advance;
   }
 };
 
@@ -197,74 +203,95 @@ struct GemmTile {
                                       : rows_then_units<kGemmStep>(0) + 2 * kGemmStep * first);
   }
 
-  // Fragments of 16 of k, the kSixteen-th of a step.
+  // Of 16 of k, the kSixteen-th of a step: fragments of row tile i of a, and of column pair i of b.
   template <int kSixteen>
-  __device__ __forceinline__ void load(uint32_t at_a, uint32_t at_b) {
+  __device__ __forceinline__ void load(int i, uint32_t at_a, uint32_t at_b) {
     constexpr int kRowBytes = 2 * kGemmStep, kDeepBytes = 2 * kGemmHalf;
-#pragma unroll
-    for (int n = 0; n < kTiles / 2; ++n) {
-      const int half = n / 2, pair = n % 2;
-      uint32_t(&words)[4] = b[kSixteen][n];
-      if constexpr (kRowsOfKB) {
-        load_matrices_transposed(at_step(at_b, pair) + (half * kHalfBytes + 16 * kSixteen * kDeepBytes), words);
-      } else {
-        load_matrices(at_step(at_b, kSixteen) + (half * kHalfBytes + 16 * pair * kRowBytes), words);
-      }
+    const int half = i / 2, pair = i % 2;
+    if constexpr (kRowsOfKB) {
+      load_matrices_transposed(at_step(at_b, pair) + (half * kHalfBytes + 16 * kSixteen * kDeepBytes),
+                               b[kSixteen][i]);
+    } else {
+      load_matrices(at_step(at_b, kSixteen) + (half * kHalfBytes + 16 * pair * kRowBytes), b[kSixteen][i]);
     }
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-      if constexpr (kRowsOfKA) {
-        load_matrices_transposed(at_step(at_a, m) + 16 * kSixteen * kDeepBytes, a[kSixteen][m]);
-      } else {
-        load_matrices(at_step(at_a, kSixteen) + 16 * m * kRowBytes, a[kSixteen][m]);
-      }
+    if constexpr (kRowsOfKA) {
+      load_matrices_transposed(at_step(at_a, i) + 16 * kSixteen * kDeepBytes, a[kSixteen][i]);
+    } else {
+      load_matrices(at_step(at_a, kSixteen) + 16 * i * kRowBytes, a[kSixteen][i]);
     }
   }
 
+  // The products of row tile m.
   template <int kSixteen>
-  __device__ __forceinline__ void add_products() {
+  __device__ __forceinline__ void add_products(int m) {
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        const uint32_t(&words)[4] = b[kSixteen][n / 2];
-        multiply<kType>(sums[m][n], a[kSixteen][m], words[n % 2 * 2], words[n % 2 * 2 + 1]);
-      }
+    for (int n = 0; n < kTiles; ++n) {
+      const uint32_t(&words)[4] = b[kSixteen][n / 2];
+      multiply<kType>(sums[m][n], a[kSixteen][m], words[n % 2 * 2], words[n % 2 * 2 + 1]);
     }
   }
 
   // sums += the product of `left` and `right`, whose high half is `high`'s.
   __device__ __forceinline__ void accumulate(const GemmOperand& left, const GemmOperand& right,
                                              const GemmOperand& high) {
+    if (p.aligned_a && p.aligned_b) {
+      accumulate_aligned<true>(left, right, high);
+    } else {
+      accumulate_aligned<false>(left, right, high);
+    }
+  }
+
+  // Copies and loads stand among the products that hide them: fragments of the next 16 of k, across the barrier
+  // too, and two steps ahead the operands.
+  template <bool kAligned>
+  __device__ __forceinline__ void accumulate_aligned(const GemmOperand& left, const GemmOperand& right,
+                                                     const GemmOperand& high) {
+    const bool aligned_a = kAligned || p.aligned_a, aligned_b = kAligned || p.aligned_b;
     const int k = place.part * p.depth;
     int rest = min(p.K - k, p.depth);  // of k, from the step on that is copied next
     int steps = (rest + kGemmStep - 1) / kGemmStep;
+    CopierA of_a(left, place.m0, left, place.m0 + kGemmHalf, p.M, k, aligned_a);
+    CopierB of_b(right, place.n0, high, gated ? place.n0 : place.n0 + kGemmHalf, p.N, k, aligned_b);
+    const auto copy = [&](uint32_t stage) {
+      of_a.copy(stage, rest, aligned_a);
+      of_b.copy(stage + kOperandBytes, rest, aligned_b);
+    };
     copies_wait<0>();
     __syncthreads();  // everybody is done with what the product before left in shared memory
-    CopierA of_a(left, place.m0, left, place.m0 + kGemmHalf, p.M, k, p.aligned_a);
-    CopierB of_b(right, place.n0, high, gated ? place.n0 : place.n0 + kGemmHalf, p.N, k, p.aligned_b);
-    const auto copy = [&](uint32_t stage) {
-      of_a.copy(stage, rest, p.aligned_a);
-      of_b.copy(stage + kOperandBytes, rest, p.aligned_b);
+    uint32_t stage = shared, next = shared + kStageBytes, last = shared + 2 * kStageBytes;
+#pragma unroll 1
+    for (int i = 0; i < kGemmStages - 1; ++i) {
+      copy(shared + i * kStageBytes);
       copies_commit();
       rest -= kGemmStep;
-    };
-    uint32_t stage = shared, next = shared + kStageBytes, last = shared + 2 * kStageBytes;
-    copy(stage);
-    copy(next);
+    }
     copies_wait<1>();
     __syncthreads();
     const uint32_t first_a = address_a(), first_b = address_b();
-    load<0>(stage + first_a, stage + first_b);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) load<0>(i, stage + first_a, stage + first_b);
 #pragma unroll 1
     for (; steps > 0; --steps) {
-      load<1>(stage + first_a, stage + first_b);
-      copy(last);  // which everybody had read before the last barrier
-      add_products<0>();
+      // Everybody had read the last stage before the last barrier.
+      if constexpr (!kAligned) copy(last);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        load<1>(i, stage + first_a, stage + first_b);
+        if constexpr (kAligned) {
+          of_a.start(i, last, rest);
+          of_b.start(i, last + kOperandBytes, rest);
+        }
+        add_products<0>(i);
+      }
+      copies_commit();
+      rest -= kGemmStep;
       copies_wait<1>();
       __syncthreads();  // the next step is there
-      load<0>(next + first_a, next + first_b);
-      add_products<1>();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        load<0>(i, next + first_a, next + first_b);
+        add_products<1>(i);
+      }
       const uint32_t done = stage;
       stage = next;
       next = last;
