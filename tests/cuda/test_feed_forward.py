@@ -97,13 +97,14 @@ def test_layouts(layout):
 def test_rows_are_read_in_place(feed_forward_emulator):
     """Rows further apart than they are wide, aligned: nothing is copied, and units of 16 bytes are read."""
     inputs = without_grad(call("swiglu", 21, E=40, F=72))
-    for name in ("x", "w1", "w_gate", "w2"):
-        wide = torch.full((inputs[name].shape[0], inputs[name].shape[1] + 24), torch.nan, dtype=BF16)
-        wide[:, 8:-16] = inputs[name]
-        inputs[name] = wide[:, 8:-16]
+    for place, name in enumerate(("x", "w1", "w_gate", "w2"), 1):
+        rows, columns = inputs[name].shape
+        wide = torch.full((rows, columns + 16 * place), torch.nan, dtype=BF16)
+        inputs[name] = wide[:, 8 : 8 + columns].copy_(inputs[name])
     judge_inputs(inputs)
     (_, _, hidden, _), (_, _, linear, _) = feed_forward_emulator.launched
     assert [hidden.a.data, hidden.b.data, linear.b.data] == [inputs[n].data_ptr() for n in ("x", "w1", "w2")]
+    assert hidden.gate.data == inputs["w_gate"].data_ptr() and hidden.gate.stride != hidden.b.stride
     assert hidden.aligned_a and hidden.aligned_b and linear.aligned_b
 
 
