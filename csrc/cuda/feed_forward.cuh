@@ -197,6 +197,9 @@ struct HiddenGradients {
   }
 };
 
+template <DType kType, GemmKernel kKernel>
+using TileOf = GemmTile<kType, has_k_rows_a(kKernel), has_k_rows_b(kKernel)>;
+
 // A block makes one tile of one product's result, or one part's share of it.
 template <DType kType, GemmKernel kKernel>
 __global__ void __launch_bounds__(kGemmThreads, kGemmBlocks)
@@ -204,8 +207,7 @@ __global__ void __launch_bounds__(kGemmThreads, kGemmBlocks)
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   const bool gated = kKernel == GemmKernel::kHidden && p.gated;
   const GemmPlace place = place_of_block(p, gated ? kGemmHalf : kGemmBlock);
-  GemmTile<kType, has_k_rows_a(kKernel), has_k_rows_b(kKernel)> tile(p, place, gated,
-                                                                     shared_address(dynamic_shared));
+  TileOf<kType, kKernel> tile(p, place, gated, shared_address(dynamic_shared));
   if constexpr (kKernel == GemmKernel::kInputGradient) {
 #pragma unroll 1
     for (int product = 0; product < (p.a2.data == nullptr ? 1 : 2); ++product) {
