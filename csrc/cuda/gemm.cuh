@@ -242,7 +242,8 @@ struct GemmTile {
   }
 
   // Copies and loads stand among the products that hide them: fragments of the next 16 of k, across the barrier
-  // too, and two steps ahead the operands.
+  // too, and operands three steps ahead. All loads come before all copies: each time that one follows the other
+  // ptxas sets three empty instructions between them for sm_80.
   template <bool kAligned>
   __device__ __forceinline__ void accumulate_aligned(const GemmOperand& left, const GemmOperand& right,
                                                      const GemmOperand& high) {
@@ -256,42 +257,47 @@ struct GemmTile {
       of_a.copy(stage, rest, aligned_a);
       of_b.copy(stage + kOperandBytes, rest, aligned_b);
     };
+    uint32_t stage = shared, next = shared + kStageBytes, last = shared + 2 * kStageBytes;
+    const auto start_copies = [&](int i) {
+      of_a.start(i, stage, rest);
+      of_b.start(i, stage + kOperandBytes, rest);
+    };
     copies_wait<0>();
     __syncthreads();  // everybody is done with what the product before left in shared memory
-    uint32_t stage = shared, next = shared + kStageBytes, last = shared + 2 * kStageBytes;
 #pragma unroll 1
-    for (int i = 0; i < kGemmStages - 1; ++i) {
+    for (int i = 0; i < kGemmStages; ++i) {
       copy(shared + i * kStageBytes);
       copies_commit();
       rest -= kGemmStep;
     }
-    copies_wait<1>();
+    copies_wait<2>();
     __syncthreads();
     const uint32_t first_a = address_a(), first_b = address_b();
 #pragma unroll
     for (int i = 0; i < 4; ++i) load<0>(i, stage + first_a, stage + first_b);
 #pragma unroll 1
     for (; steps > 0; --steps) {
-      // Everybody had read the last stage before the last barrier.
-      if constexpr (!kAligned) copy(last);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         load<1>(i, stage + first_a, stage + first_b);
-        if constexpr (kAligned) {
-          of_a.start(i, last, rest);
-          of_b.start(i, last + kOperandBytes, rest);
-        }
         add_products<0>(i);
+      }
+      copies_wait<1>();
+      __syncthreads();  // the next step is there, and everybody has read this one
+      if constexpr (!kAligned) copy(stage);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (i < 2) {
+          load<0>(2 * i, next + first_a, next + first_b);
+          load<0>(2 * i + 1, next + first_a, next + first_b);
+        } else if constexpr (kAligned) {
+          start_copies(2 * i - 4);
+          start_copies(2 * i - 3);
+        }
+        add_products<1>(i);
       }
       copies_commit();
       rest -= kGemmStep;
-      copies_wait<1>();
-      __syncthreads();  // the next step is there
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        load<0>(i, next + first_a, next + first_b);
-        add_products<1>(i);
-      }
       const uint32_t done = stage;
       stage = next;
       next = last;
