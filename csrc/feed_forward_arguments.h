@@ -25,11 +25,10 @@ struct FeedForwardArguments {
 
 // The same, spelled out as each function that implements a schema must: its parameters, and what makes
 // FeedForwardArguments of them.
-#define FASTFORMER_FEED_FORWARD_PARAMETERS                                                             \
-  const Tensor &x, const Tensor &w1, const std::optional<Tensor>&b1,                                   \
-      const std::optional<Tensor>&w_gate, const std::optional<Tensor>&b_gate, const Tensor &w2,        \
-      const std::optional<Tensor>&b2, const std::optional<Tensor>&seed, const std::string &activation, \
-      double dropout_p
+#define FASTFORMER_FEED_FORWARD_PARAMETERS                                                               \
+  const Tensor &x, const Tensor &w1, const std::optional<Tensor>&b1, const std::optional<Tensor>&w_gate, \
+      const std::optional<Tensor>&b_gate, const Tensor &w2, const std::optional<Tensor>&b2,              \
+      const std::optional<Tensor>&seed, const std::string &activation, double dropout_p
 #define FASTFORMER_FEED_FORWARD_ARGUMENTS {x, w1, b1, w_gate, b_gate, w2, b2, seed, activation, dropout_p}
 
 // Of x, w1, b1, w_gate, b_gate, w2 and b2; empty where they are not needed.

@@ -1,5 +1,5 @@
-// The activations of feed_forward, on a lane's elements of float32. NaN and infinities come out as torch gives
-// them.
+// The activations of feed_forward, on a lane's elements of float32. NaN and infinities come out as torch
+// gives them.
 #pragma once
 
 #include "../shapes.h"
@@ -60,8 +60,8 @@ __device__ __forceinline__ float activated(float x) {
   }
 }
 
-// The activation of x; `slope` becomes itself times the slope at x. Where relu's slope is 0 that is 0 whatever
-// it was, and the slope at NaN is relu's 1: torch's rules.
+// The activation of x; `slope` becomes itself times the slope at x. Where relu's slope is 0 that is 0
+// whatever it was, and the slope at NaN is relu's 1: torch's rules.
 template <Activation kActivation>
 __device__ __forceinline__ float activated(float x, float& slope) {
   if constexpr (kActivation == Activation::kGelu) {

@@ -4,8 +4,8 @@
 //   dh = dropout'(grad_out w2);  dpre = dh act'(pre), gated dh act(pre_gate);  dgate = dh pre act'(pre_gate)
 //   dx = dpre w1 + dgate w_gate;  dw2 = grad_out^T hd;  dw1 = dpre^T x;  dw_gate = dgate^T x
 //
-// and gradients of biases are sums of columns: of grad_out, and of dpre and dgate, whose sums over each tile's
-// rows the kernel that makes them leaves behind.
+// and gradients of biases are sums of columns: of grad_out, and of dpre and dgate, whose sums over each
+// tile's rows the kernel that makes them leaves behind.
 #pragma once
 
 #include "activations.cuh"
@@ -235,7 +235,8 @@ __global__ void __launch_bounds__(kGemmThreads, kGemmBlocks)
 
 // A block adds the rows of one part of a matrix in blockDim.x columns, blockDim.y of them side by side.
 template <int kLines>
-__global__ void __launch_bounds__(kSumThreads) column_sums_kernel(const __grid_constant__ ColumnSumsParams p) {
+__global__ void __launch_bounds__(kSumThreads)
+    column_sums_kernel(const __grid_constant__ ColumnSumsParams p) {
   __shared__ float shares[kLines][kSumThreads / kLines];
   const int64_t column = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const int64_t begin = blockIdx.y * p.depth, end = min(begin + p.depth, p.rows);

@@ -3,10 +3,10 @@
 //
 // Budget of the hot loop, by mma.m16n8k16 (2048 multiply-adds of a warp, 8 cycles of a quarter of an A100).
 // Four warps share 128 x 128 sums; a warp's 64 x 64 take 128 of a thread's registers. For each 16 of k it
-// brings 64 rows of either operand by eight ldmatrix and makes 32 products of them: 128 bytes of shared memory
-// a product. The block's copies write 16 KB for 256 products, 64 bytes each. So four quarters ask for 768
-// bytes in 8 cycles, of the 1024 that there are. (Eight warps of 64 x 32 sums would ask for all 1024.) A step
-// of 32 of k is 64 products, 16 ldmatrix, 8 copies, 16 slots for the copies' addresses, and about 20 for
+// brings 64 rows of either operand by eight ldmatrix and makes 32 products of them: 128 bytes of shared
+// memory a product. The block's copies write 16 KB for 256 products, 64 bytes each. So four quarters ask for
+// 768 bytes in 8 cycles, of the 1024 that there are. (Eight warps of 64 x 32 sums would ask for all 1024.) A
+// step of 32 of k is 64 products, 16 ldmatrix, 8 copies, 16 slots for the copies' addresses, and about 20 for
 // fragments' addresses, predicates, the barrier and the loop: 0.95 slots beside a product, whose own 8 cycles
 // hide them. Fragments of the next 16 of k are loaded while these are multiplied, across the barrier too, so
 // one warp a quarter should keep tensor cores busy for 0.85 of the time. Three stages are 48 KB: two blocks
@@ -60,22 +60,22 @@ struct GemmOperand {
 
 // Matrices [M, N] are contiguous, of the call's dtype, and null where they are not wanted.
 struct GemmParams {
-  GemmOperand a;            // [M, K] or [K, M]
-  GemmOperand b;            // [N, K] or [K, N]
-  GemmOperand gate;         // kHidden: as b; its product opens b's
-  GemmOperand a2;           // kInputGradient: another product of the same sizes, which is added
-  GemmOperand b2;           // its right side
-  const void* bias;         // kHidden, kLinear: [N] or null: 0
-  const void* gate_bias;    // kHidden: [N] or null: 0
-  const uint64_t* seed;     // [1]; read if threshold > 0
-  void* out;                // what the kernel is for; kHiddenGradient: hidden, as w2 met it
-  void* pre;                // kHidden writes x w1^T + b1, kHiddenGradient reads it
-  void* pre_gate;           // the same of w_gate; null without a gate
-  void* dpre;               // kHiddenGradient: the gradient of pre
-  void* dgate;              // of pre_gate
-  float* dpre_sums;         // kHiddenGradient: sums of dpre over a tile's rows, [tiles_m, N]
-  float* dgate_sums;        // of dgate
-  float* parts;             // [parts, M, N]: shares of the sum over k, instead of out; null if there is one
+  GemmOperand a;          // [M, K] or [K, M]
+  GemmOperand b;          // [N, K] or [K, N]
+  GemmOperand gate;       // kHidden: as b; its product opens b's
+  GemmOperand a2;         // kInputGradient: another product of the same sizes, which is added
+  GemmOperand b2;         // its right side
+  const void* bias;       // kHidden, kLinear: [N] or null: 0
+  const void* gate_bias;  // kHidden: [N] or null: 0
+  const uint64_t* seed;   // [1]; read if threshold > 0
+  void* out;              // what the kernel is for; kHiddenGradient: hidden, as w2 met it
+  void* pre;              // kHidden writes x w1^T + b1, kHiddenGradient reads it
+  void* pre_gate;         // the same of w_gate; null without a gate
+  void* dpre;             // kHiddenGradient: the gradient of pre
+  void* dgate;            // of pre_gate
+  float* dpre_sums;       // kHiddenGradient: sums of dpre over a tile's rows, [tiles_m, N]
+  float* dgate_sums;      // of dgate
+  float* parts;           // [parts, M, N]: shares of the sum over k, instead of out; null if there is one
   int32_t M;
   int32_t N;
   int32_t K;
@@ -93,13 +93,13 @@ struct GemmParams {
   int32_t depth;  // of k, that one part has
 };
 
-constexpr int kGemmBlock = 128;     // rows and columns of a block's sums
-constexpr int kGemmHalf = 64;       // columns of a gated block, whose other half is the gate's
-constexpr int kGemmStep = 32;       // of k
-constexpr int kGemmStages = 3;      // steps in shared memory at a time
+constexpr int kGemmBlock = 128;  // rows and columns of a block's sums
+constexpr int kGemmHalf = 64;    // columns of a gated block, whose other half is the gate's
+constexpr int kGemmStep = 32;    // of k
+constexpr int kGemmStages = 3;   // steps in shared memory at a time
 constexpr int kGemmThreads = 128;
-constexpr int kGemmBlocks = 2;      // that share a multiprocessor
-constexpr int kGemmGroup = 8;       // tiles of rows that run side by side
+constexpr int kGemmBlocks = 2;  // that share a multiprocessor
+constexpr int kGemmGroup = 8;   // tiles of rows that run side by side
 // Of a part; below, another part costs more than it brings.
 constexpr int kLeastDepth = 512;
 

@@ -4,7 +4,8 @@
 // A block has 128 x 128 of the sums and goes through k in steps of 32, whose operands lie in shared memory
 // three steps deep. An operand whose columns are k is a panel [128, 32], one whose rows are k two panels [32,
 // 64] (see attention_tiles.cuh). The block's columns are two halves of 64, which need not be neighbours: a
-// gated block has the same columns of two products. Warps stand 2 x 2, and each has 32 columns of either half.
+// gated block has the same columns of two products. Warps stand 2 x 2, and each has 32 columns of either
+// half.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -23,7 +24,8 @@ __device__ __forceinline__ GemmPlace place_of_block(const GemmParams& p, int blo
   const int tiles = p.tiles_m * p.tiles_n, tile = static_cast<int>(blockIdx.x) % tiles;
   const int group = kGemmGroup * p.tiles_n, within = tile % group;
   const int first = tile / group * kGemmGroup, rows = min(p.tiles_m - first, kGemmGroup);
-  return {(first + within % rows) * kGemmBlock, within / rows * block_n, static_cast<int>(blockIdx.x) / tiles};
+  return {(first + within % rows) * kGemmBlock, within / rows * block_n,
+          static_cast<int>(blockIdx.x) / tiles};
 }
 
 // What a thread needs to copy its four units of 16 bytes of one operand's steps. Units 0 and 1 are of the low
@@ -43,8 +45,8 @@ struct OperandCopier {
   // Where in a step's k unit i is, or begins.
   static __device__ __forceinline__ int depth(int i) { return kRowsOfK ? row() + i % 2 * kStep : 8 * unit(); }
 
-  // From `k` on. `low` and `high` are the halves' operands and where in them, of `extent` rows or columns, the
-  // halves begin. What lies past the end is read at the end: it reaches no result.
+  // From `k` on. `low` and `high` are the halves' operands and where in them, of `extent` rows or columns,
+  // the halves begin. What lies past the end is read at the end: it reaches no result.
   __device__ __forceinline__ OperandCopier(const GemmOperand& low, int low_first, const GemmOperand& high,
                                            int high_first, int extent, int k, bool aligned)
       : advance(kRowsOfK ? kGemmStep * low.stride : kGemmStep), columns(extent - low_first - 8 * unit()) {
@@ -69,7 +71,8 @@ struct OperandCopier {
     return shared + place_in_panel<kPanel>(row(), unit()) + i * (kOperandBytes / 4);
   }
 
-  // Starts to copy unit i of a step of which `left` of k there are, zeros beyond, and goes on to the next step.
+  // Starts to copy unit i of a step of which `left` of k there are, zeros beyond, and goes on to the next
+  // step.
   __device__ __forceinline__ void start(int i, uint32_t shared, int left) {
     copy_async(place_in(shared, i), from[i], depth(i) < left);
     from[i] += advance;
@@ -112,8 +115,8 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
   }
 }
 
-// Eight elements of a row of c: of the 32 columns from `column` on a lane has 8 w + 2 t + e as element 2 w + e,
-// where t is its place among the four lanes of the row. Dropout decides in the same order.
+// Eight elements of a row of c: of the 32 columns from `column` on a lane has 8 w + 2 t + e as element 2 w +
+// e, where t is its place among the four lanes of the row. Dropout decides in the same order.
 struct RowGroup {
   int row, column;
 
@@ -131,7 +134,8 @@ struct RowGroup {
     if (p.aligned_c) {
       transpose_quad(words);
       const int first = column + 8 * place();
-      if (row < p.M && first < p.N) store_global(to + first, make_uint4(words[0], words[1], words[2], words[3]));
+      if (row < p.M && first < p.N)
+        store_global(to + first, make_uint4(words[0], words[1], words[2], words[3]));
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -187,7 +191,8 @@ struct GemmTile {
   float sums[kRowTiles][kTiles][4] = {};
   uint32_t a[2][kRowTiles][4], b[2][kTiles / 2][4];  // fragments of 16 of k, and of the next 16
 
-  __device__ __forceinline__ GemmTile(const GemmParams& p, const GemmPlace& place, bool gated, uint32_t shared)
+  __device__ __forceinline__ GemmTile(const GemmParams& p, const GemmPlace& place, bool gated,
+                                      uint32_t shared)
       : p(p), place(place), gated(gated), shared(shared) {}
 
   static __device__ __forceinline__ int warp_m() { return static_cast<int>(threadIdx.x) / kWarp / 2; }
@@ -195,7 +200,8 @@ struct GemmTile {
 
   // Addresses for ldmatrix of the warp's first rows, or columns, in a step that lies at 0.
   static __device__ __forceinline__ uint32_t address_a() {
-    return warp_m() * kHalfBytes + (kRowsOfKA ? rows_then_units<kGemmHalf>(0) : units_then_rows<kGemmStep>(0));
+    return warp_m() * kHalfBytes +
+           (kRowsOfKA ? rows_then_units<kGemmHalf>(0) : units_then_rows<kGemmStep>(0));
   }
   static __device__ __forceinline__ uint32_t address_b() {
     const uint32_t first = warp_n() * 32;
@@ -226,7 +232,7 @@ struct GemmTile {
   __device__ __forceinline__ void add_products(int m) {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const uint32_t(&words)[4] = b[kSixteen][n / 2];
+      const uint32_t (&words)[4] = b[kSixteen][n / 2];
       multiply<kType>(sums[m][n], a[kSixteen][m], words[n % 2 * 2], words[n % 2 * 2 + 1]);
     }
   }
@@ -241,9 +247,9 @@ struct GemmTile {
     }
   }
 
-  // Copies and loads stand among the products that hide them: fragments of the next 16 of k, across the barrier
-  // too, and operands three steps ahead. All loads come before all copies: each time that one follows the other
-  // ptxas sets three empty instructions between them for sm_80.
+  // Copies and loads stand among the products that hide them: fragments of the next 16 of k, across the
+  // barrier too, and operands three steps ahead. All loads come before all copies: each time that one follows
+  // the other ptxas sets three empty instructions between them for sm_80.
   template <bool kAligned>
   __device__ __forceinline__ void accumulate_aligned(const GemmOperand& left, const GemmOperand& right,
                                                      const GemmOperand& high) {
@@ -305,8 +311,8 @@ struct GemmTile {
     }
   }
 
-  // Gives all sums to `epilogue`, eight at a time, by a loop whose body stands in the code once: for that they
-  // go through shared memory, 32 rows of each warp at a time, every thread's to a place of its own.
+  // Gives all sums to `epilogue`, eight at a time, by a loop whose body stands in the code once: for that
+  // they go through shared memory, 32 rows of each warp at a time, every thread's to a place of its own.
   //
   // epilogue.begin(column) begins 32 columns; epilogue.take(group, values, gates) gets what a lane has of one
   // row of those; epilogue.end(pass, column) ends the columns of pass 0 or 1.
@@ -344,10 +350,10 @@ struct GemmTile {
 #pragma unroll
     for (int slot = 0; slot < 16; ++slot) {
       const int m = slot / 8, r = slot / 4 % 2, n = slot % 4 * 2;
-      store_shared(own + slot * 16 * kGemmThreads,
-                   make_uint4(__float_as_uint(sums[m][n][2 * r]), __float_as_uint(sums[m][n][2 * r + 1]),
-                              __float_as_uint(sums[m][n + 1][2 * r]),
-                              __float_as_uint(sums[m][n + 1][2 * r + 1])));
+      store_shared(
+          own + slot * 16 * kGemmThreads,
+          make_uint4(__float_as_uint(sums[m][n][2 * r]), __float_as_uint(sums[m][n][2 * r + 1]),
+                     __float_as_uint(sums[m][n + 1][2 * r]), __float_as_uint(sums[m][n + 1][2 * r + 1])));
     }
 #pragma unroll
     for (int m = 0; m < 2; ++m) {

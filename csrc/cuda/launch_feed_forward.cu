@@ -57,8 +57,8 @@ int32_t checked_size(int64_t size, const char* name) {
 // A matrix's rows as a product's operand.
 GemmOperand operand_of(const Rows& rows) { return {rows.data(), rows.stride}; }
 
-// The tensors of a call as products read them, checked. Owns the copies of those that cannot be read in place,
-// so it lives until the kernels are launched.
+// The tensors of a call as products read them, checked. Owns the copies of those that cannot be read in
+// place, so it lives until the kernels are launched.
 struct FeedForwardCall {
   explicit FeedForwardCall(const FeedForwardArguments& given)
       : dtype(dtype_of(given.x, "x")), x(given.x), w1(given.w1), w2(given.w2), w_gate(given.w_gate) {
@@ -174,7 +174,7 @@ struct Launcher {
     const ColumnSumsPlan plan = plan_column_sums(p);
     if (plan.grid_y == 1) return run(plan, p);
     Tensor shares = empty({plan.grid_y * p.columns}, ScalarType::Float);
-    const ColumnSumsParams last = {shares.const_data_ptr(), p.out, p.columns, plan.grid_y, p.columns, 0,
+    const ColumnSumsParams last = {shares.const_data_ptr(), p.out,      p.columns, plan.grid_y, p.columns, 0,
                                    DType::kFloat32,         p.out_dtype};
     p.out = shares.mutable_data_ptr();
     p.out_dtype = DType::kFloat32;
@@ -198,8 +198,8 @@ Tensor saved_rows(const Tensor& saved, const FeedForwardCall& call, const char* 
 
 // What backward wants of hidden rows, and then has: each is empty where it is not wanted.
 struct HiddenResults {
-  Tensor hidden, dpre, dgate;     // [rows, F]
-  Tensor dpre_sums, dgate_sums;   // float32 [tiles of rows, F]
+  Tensor hidden, dpre, dgate;    // [rows, F]
+  Tensor dpre_sums, dgate_sums;  // float32 [tiles of rows, F]
 
   HiddenResults(const Launcher& launcher, const FeedForwardCall& call, bool want_hidden, bool want_dpre,
                 bool want_dgate, bool want_dpre_sums, bool want_dgate_sums)
@@ -214,13 +214,14 @@ struct HiddenResults {
   static int64_t tiles_of(const FeedForwardCall& call) { return ceil_div(call.rows, kGemmBlock); }
 
   // kHiddenGradient, with pre and pre_gate as forward saved them, or, where those are empty, computed again.
-  void compute(const Launcher& launcher, const FeedForwardCall& call, const Rows& grad_rows, const Tensor& pre,
-               const Tensor& pre_gate) {
+  void compute(const Launcher& launcher, const FeedForwardCall& call, const Rows& grad_rows,
+               const Tensor& pre, const Tensor& pre_gate) {
     if (!any) return;
     const bool gated = call.w_gate.has_value(), again = pre.numel() == 0;
     const std::vector<int64_t> sizes{call.rows, call.F};
     Tensor pre_rows = again ? launcher.empty_if(true, sizes) : saved_rows(pre, call, "pre");
-    Tensor gate_rows = again || !gated ? launcher.empty_if(gated, sizes) : saved_rows(pre_gate, call, "pre_gate");
+    Tensor gate_rows =
+        again || !gated ? launcher.empty_if(gated, sizes) : saved_rows(pre_gate, call, "pre_gate");
     GemmParams p = call.hidden_product();
     p.pre = pre_rows.mutable_data_ptr();
     if (gated) p.pre_gate = gate_rows.mutable_data_ptr();
@@ -326,8 +327,8 @@ FeedForwardGradients feed_forward_bwd(const Tensor& grad_out, const Tensor& pre,
   add_tiles(launcher, made.dpre_sums, db1);
   add_tiles(launcher, made.dgate_sums, db_gate);
   if (db2.numel() > 0) {
-    launcher.add_rows({grad_rows.data(), db2.mutable_data_ptr(), grad_rows.stride, rows, E_out, 0, call.dtype,
-                       call.dtype});
+    launcher.add_rows(
+        {grad_rows.data(), db2.mutable_data_ptr(), grad_rows.stride, rows, E_out, 0, call.dtype, call.dtype});
   }
   return {dx, dw1, db1, dw_gate, db_gate, dw2, db2};
 }

@@ -51,4 +51,3 @@ def gradient_emulator(serve):
 def feed_forward_emulator(serve):
     """Of both directions of feed_forward."""
     return serve(FeedForwardEmulator(), "feed_forward_fwd", "feed_forward_bwd")
-

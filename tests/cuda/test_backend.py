@@ -20,7 +20,14 @@ from tests.ptxvm import nvcc
 
 from .emulated import NormBwdParams, NormBwdPlan, NormFwdParams, NormPlan
 from .emulated_attention import AttentionFwdParams, AttentionPlan, AttentionTile, HeadRows
-from .emulated_feed_forward import KERNELS, ColumnSumsParams, ColumnSumsPlan, GemmOperand, GemmParams, GemmPlan
+from .emulated_feed_forward import (
+    KERNELS,
+    ColumnSumsParams,
+    ColumnSumsPlan,
+    GemmOperand,
+    GemmParams,
+    GemmPlan,
+)
 from .structures import CSRC, plans
 
 SPEC = NormSpec("layer", 1e-5)
@@ -332,7 +339,12 @@ SIZE = st.integers(1, 300) | st.integers(1, 100_000)
 
 
 @hypothesis.given(
-    kernel=st.integers(0, 4), M=SIZE, N=SIZE, K=st.just(0) | SIZE, gated=st.booleans(), sms=st.integers(1, 200)
+    kernel=st.integers(0, 4),
+    M=SIZE,
+    N=SIZE,
+    K=st.just(0) | SIZE,
+    gated=st.booleans(),
+    sms=st.integers(1, 200),
 )
 @hypothesis.settings(max_examples=200)
 def test_products_are_covered(ptx_cache, kernel, M, N, K, gated, sms):

@@ -7,7 +7,7 @@ namespace fastformer::cuda {
 template __global__ void feed_forward_kernel<static_cast<DType>(TYPE), static_cast<GemmKernel>(KERNEL)>(
     const __grid_constant__ GemmParams);
 #else
-#define INSTANTIATE(name)                                                                \
+#define INSTANTIATE(name)                                                                   \
   template __global__ void feed_forward_kernel<static_cast<DType>(TYPE), GemmKernel::name>( \
       const __grid_constant__ GemmParams);
 INSTANTIATE(kHidden)
