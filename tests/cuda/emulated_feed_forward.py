@@ -1,5 +1,5 @@
-"""CUDA feed_forward on CPU tensors: the launcher's part in Python, the plans from feed_forward_plan.h, the PTX
-on ptxvm."""
+"""CUDA feed_forward on CPU tensors: the launcher's part in Python, the plans from feed_forward_plan.h, the
+PTX on ptxvm."""
 
 from __future__ import annotations
 

@@ -72,8 +72,8 @@ def test_without_biases_and_recomputed(dtype, activation):
     judge_call(activation, 3, 5, E=24, F=40, bias=False, dtype=dtype, recompute=True)
 
 
-# Rows, E, F, E_out: one element; odd ones, of which no row is aligned; aligned ones past a tile, an operand with
-# aligned rows beside one without.
+# Rows, E, F, E_out: one element; odd ones, of which no row is aligned; aligned ones past a tile. Then an
+# operand with aligned rows beside one without, exact tiles, and more of each.
 SIZES = ((1, 1, 1, 1), (7, 33, 35, 31), (130, 40, 136, 24))
 MORE_SIZES = (
     (33, 40, 130, 24),
@@ -115,8 +115,8 @@ def test_layouts(layout):
 
 @pytest.mark.parametrize("E", (40, 37))
 def test_rows_are_read_in_place(feed_forward_emulator, E):
-    """Rows further apart than they are wide: nothing is copied, and where they have whole units of 16 bytes these
-    are read."""
+    """Rows further apart than they are wide: nothing is copied, and where there are whole units of 16 bytes
+    these are read."""
     inputs = without_grad(call("swiglu", 21, E=E, F=72))
     for place, name in enumerate(("x", "w1", "w_gate", "w2"), 1):
         rows, columns = inputs[name].shape
