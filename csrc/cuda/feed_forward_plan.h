@@ -3,16 +3,16 @@
 //
 // Budget of the hot loop, by mma.m16n8k16 (2048 multiply-adds of a warp, 8 cycles of a quarter of an A100).
 // Four warps share 128 x 128 sums; a warp's 64 x 64 take 128 of a thread's registers. For each 16 of k it
-// brings 64 rows of either operand by eight ldmatrix and makes 32 products of them: 128 bytes of shared memory
-// a product. The block's copies write 16 KB for 256 products, 64 bytes each. So four quarters ask for 768
-// bytes in 8 cycles, of the 1024 that there are. (Eight warps of 64 x 32 sums would ask for all 1024.) A step
-// of 32 of k is 64 products, 16 ldmatrix, 8 copies, 16 slots for the copies' addresses, and about 20 for
+// brings 64 rows of either operand by eight ldmatrix and makes 32 products of them: 128 bytes of shared
+// memory a product. The block's copies write 16 KB for 256 products, 64 bytes each. So four quarters ask for
+// 768 bytes in 8 cycles, of the 1024 that there are. (Eight warps of 64 x 32 sums would ask for all 1024.) A
+// step of 32 of k is 64 products, 16 ldmatrix, 8 copies, 16 slots for the copies' addresses, and about 20 for
 // fragments' addresses, predicates, the barrier and the loop: 0.95 slots beside a product, whose own 8 cycles
-// hide them. (ptxas: 0.94, and up to 1.12 where the rows of operands are k.) Fragments of the next 16 of k are
-// loaded while these are multiplied, across the barrier too. ptxas sets those loads one product apart, and
-// shared memory takes two products' time for each, so that one warp a quarter keeps tensor cores busy for 0.73
-// of the time. Three stages are 48 KB: two blocks share any chip's multiprocessor, and one multiplies while
-// the other waits, or finishes its sums.
+// hide them. (ptxas: 0.94, and up to 1.12 where the rows of operands are k.) Fragments of the next 16 of k
+// are loaded while these are multiplied, across the barrier too. ptxas sets those loads one product apart,
+// and shared memory takes two products' time for each, so that one warp a quarter keeps tensor cores busy for
+// 0.73 of the time. Three stages are 48 KB: two blocks share any chip's multiprocessor, and one multiplies
+// while the other waits, or finishes its sums.
 #pragma once
 
 #include <cstdint>

@@ -36,7 +36,6 @@ SOME = [
     ("attention_bwd_cuda", "sm_80", "D=128 bfloat16 plain"),
     ("attention_bwd_cuda", "sm_80", "D=64 bfloat16 plain"),
     ("attention_bwd_cuda", "sm_90", "D=128 float16 general"),
-    ("feed_forward_cuda", "sm_80", "bfloat16 hidden"),
     ("feed_forward_cuda", "sm_80", "bfloat16 hidden_gradient"),
     ("feed_forward_cuda", "sm_120", "float16 weight_gradient"),
 ]
