@@ -43,7 +43,7 @@ from .attention_rows import gradient_pass
 from .attention_sums import sum_bias, sum_relative_bias
 from .attention_tiles import key_at, load_rows, query_at, store_rows
 from .configs import AttentionBwdConfig, attention_bwd_config
-from .launch import MAX_GRID, arch, ceil_div, on_device
+from .launch import MAX_GRID, MULTIPLY_ADDS, arch, ceil_div, on_device
 from .masks import (
     Blocks,
     block_count,
@@ -278,12 +278,12 @@ def _matrix_gradients(
             _key_gradients_kernel[(key_tiles, call.H_kv, batch)](
                 call.tensors, scores, grads[1], grads[2], *call.sizes, first_b,
                 **flags, BLOCK_M=keys.block_m, BLOCK_N=keys.block_n, GROUP=call.H // call.H_kv,
-                num_warps=keys.num_warps, num_stages=keys.num_stages, enable_fp_fusion=True,
+                num_warps=keys.num_warps, num_stages=keys.num_stages, **MULTIPLY_ADDS,
             )  # fmt: skip
         _query_gradients_kernel[(query_tiles, call.H, batch)](
             call.tensors, scores, grads[0], whole, *call.sizes, first_b,
             **flags, BLOCK_M=queries.block_m, BLOCK_N=queries.block_n,
-            num_warps=queries.num_warps, num_stages=queries.num_stages, enable_fp_fusion=True,
+            num_warps=queries.num_warps, num_stages=queries.num_stages, **MULTIPLY_ADDS,
         )  # fmt: skip
     return grad_bias
 

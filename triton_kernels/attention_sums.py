@@ -16,7 +16,7 @@ from .attention_call import SIZES, AttentionCall, Scores, attention_call, scores
 from .attention_passes import ScorePass, gradient_tile, tile_by_itself
 from .attention_rows import weight_pass
 from .configs import ATTENTION_SUMS
-from .launch import TARGET, ceil_div, on_device
+from .launch import MULTIPLY_ADDS, TARGET, ceil_div, on_device
 from .masks import head_of, key_blocks
 
 _sized = triton.jit(
@@ -153,6 +153,7 @@ def _run_sum(
         OVER_ROWS=over_rows,
         num_warps=config.num_warps,
         num_stages=1,
+        **MULTIPLY_ADDS,
         **registers,
     )
 
@@ -188,6 +189,7 @@ def sum_relative_bias(
         BLOCK=block,
         num_warps=config.num_warps,
         num_stages=1,
+        **MULTIPLY_ADDS,
     )
     # The lower half of a diagonal of tiles is the upper half of the one before.
     shares = shares.sum((0, 1) if rows == 1 else 0).view(rows, diagonals, 2, block)

@@ -10,6 +10,9 @@ import triton
 
 TARGET = "hip" if torch.version.hip else "cuda"
 MAX_GRID = 65535  # programs in the second and third dimension of a grid
+# Every launch says whether a product may be added unrounded. What Triton does where that is left open differs
+# from release to release, and all passes that compute a weight must compute it alike.
+MULTIPLY_ADDS = {"enable_fp_fusion": True}
 
 _STRIDES = ["stride_x", "stride_r", "stride_g", "stride_gs", "stride_s"]
 # One compilation serves every shape of a tile width: ALIGN says all that is worth knowing of a size.

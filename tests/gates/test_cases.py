@@ -96,6 +96,13 @@ def test_every_entry_is_reached(monkeypatch, places, target, operator):
 
 
 @pytest.mark.parametrize("operator", MOST_CASES)
+def test_every_launch_tells_whether_multiplications_may_be_fused(monkeypatch, operator):
+    launches = launches_of(monkeypatch, "sm_90", operator)
+    untold = {launch.kernel.__name__ for launch in launches if "enable_fp_fusion" not in launch.options}
+    assert launches and not untold
+
+
+@pytest.mark.parametrize("operator", MOST_CASES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_cases_are_few(target, operator):
     cases = [case for op in CASES if op.startswith(operator) for case in CASES[op](target)]
