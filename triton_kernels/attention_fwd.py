@@ -32,9 +32,9 @@ from .attention_tiles import (
     store_rows,
     tile_unit,
 )
-from .configs import AttentionFwdConfig, attention_fwd_config
+from .configs import AttentionFwdConfig, attention_fwd_config, combined_shares
 from .descriptors import descriptors_of, fits_descriptor
-from .launch import MAX_GRID, arch, ceil_div, on_device
+from .launch import MAX_GRID, MULTIPLY_ADDS, arch, ceil_div, on_device
 from .masks import head_of, key_blocks, masks_keys, real_keys
 
 LN_2: tl.constexpr = tl.constexpr(math.log(2))
@@ -44,12 +44,12 @@ LOWEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 class Shares(NamedTuple):
-    """What the programs of a split call leave, float32: [splits, rows, D_v], and [splits, rows] twice."""
+    """What the programs of a split call leave, float32: [rows, splits, D_v], and [rows, splits] twice, so
+    that all of a row lies together."""
 
     out_ptr: Any
     max_ptr: Any
     sum_ptr: Any
-    rows: Any
 
 
 @triton.jit
@@ -273,11 +273,12 @@ def _attention_fwd_kernel(
         _finish_rows(call, head, out, stats, acc, row_max, row_sum, m0, D_v)
     else:
         split = tl.program_id(0) // tiles
-        at = head.b * stats.stride_b + head.h * stats.stride_h + head.first_query + split * shares.rows
-        tl.store(shares.max_ptr + at + offs_m, row_max, mask=in_rows)
-        tl.store(shares.sum_ptr + at + offs_m, row_sum, mask=in_rows)
+        first = head.b * stats.stride_b + head.h * stats.stride_h + head.first_query
+        at = (first + offs_m) * splits + split
+        tl.store(shares.max_ptr + at, row_max, mask=in_rows)
+        tl.store(shares.sum_ptr + at, row_sum, mask=in_rows)
         columns = tl.arange(0, BLOCK_DV)
-        pointers = shares.out_ptr + (at + offs_m)[:, None] * D_v + columns[None, :]
+        pointers = shares.out_ptr + at[:, None] * D_v + columns[None, :]
         tl.store(pointers, acc, mask=in_rows[:, None] & (columns < D_v)[None, :])
 
 
@@ -285,31 +286,35 @@ def _attention_fwd_kernel(
 def _combine_kernel(
     call, out, stats, shares,
     M, N, H, H_kv, left, right, lower_right, threshold, first_b, splits,
-    D_v: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    D_v: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Second stage of a split call: BLOCK_M queries of one head a program, its shares always in one order."""
+    """Second stage of a split call: one query of one head a program, its shares always in one order, BLOCK_S
+    of them a step, each read once."""
     b, h = first_b + tl.program_id(2), tl.program_id(1)
     head = head_of(call, b, h, M, N, H, H_kv, left, right, lower_right)
-    m0 = tl.program_id(0) * BLOCK_M
-    offs_m = m0 + tl.arange(0, BLOCK_M)
-    in_rows = offs_m < head.M
+    m0 = tl.program_id(0)
+    if m0 >= head.M:
+        return
+    first = (head.b * stats.stride_b + head.h * stats.stride_h + head.first_query + m0) * splits
     columns = tl.arange(0, BLOCK_DV)
-    inside = in_rows[:, None] & (columns < D_v)[None, :]
-    first = head.b * stats.stride_b + head.h * stats.stride_h + head.first_query + offs_m
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for split in range(splits):
-        share_max = tl.load(shares.max_ptr + first + split * shares.rows, mask=in_rows, other=float("-inf"))
-        row_max = tl.maximum(row_max, share_max)
-    pivot = tl.where(row_max == float("-inf"), 0.0, row_max)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for split in range(splits):
-        at = first + split * shares.rows
-        share_max = tl.load(shares.max_ptr + at, mask=in_rows, other=float("-inf"))
-        rescale = tl.exp2((share_max - pivot) * LOG2_E)
-        row_sum += tl.load(shares.sum_ptr + at, mask=in_rows, other=0.0) * rescale
+    acc = tl.zeros([1, BLOCK_DV], tl.float32)
+    row_max = tl.full([1], float("-inf"), tl.float32)
+    row_sum = tl.zeros([1], tl.float32)
+    for start in range(0, splits, BLOCK_S):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        real = offs_s < splits
+        at = first + offs_s
+        share_max = tl.load(shares.max_ptr + at, mask=real, other=float("-inf"))
+        share_sum = tl.load(shares.sum_ptr + at, mask=real, other=0.0)
+        inside = real[:, None] & (columns < D_v)[None, :]
         share = tl.load(shares.out_ptr + at[:, None] * D_v + columns[None, :], mask=inside, other=0.0)
-        acc += share * rescale[:, None]
+        largest = tl.maximum(row_max, tl.max(share_max, 0))
+        pivot = tl.where(largest == float("-inf"), 0.0, largest)
+        rescale = tl.exp2((row_max - pivot) * LOG2_E)
+        weight = tl.exp2((share_max - pivot) * LOG2_E)
+        row_sum = row_sum * rescale + tl.sum(share_sum * weight, 0)
+        acc = acc * rescale[:, None] + tl.sum(share * weight[:, None], 0)[None, :]
+        row_max = largest
     _finish_rows(call, head, out, stats, acc, row_max, row_sum, m0, D_v)
 
 
@@ -365,7 +370,7 @@ def _launch(call: AttentionCall, out: Rows, stats: RowStats, target: str) -> Non
     if splits > 1:
         total = stats.lse_ptr.numel()
         new = stats.lse_ptr.new_empty
-        shares = Shares(new(splits, total, call.D_v), new(splits, total), new(splits, total), total)
+        shares = Shares(new(total, splits, call.D_v), new(total, splits), new(total, splits))
     descriptors = descriptors_of(call, config.block_m, config.block_n) if config.ahead else None
     for first_b in range(0, call.B, MAX_GRID):
         batch = min(call.B - first_b, MAX_GRID)
@@ -386,10 +391,10 @@ def _launch(call: AttentionCall, out: Rows, stats: RowStats, target: str) -> Non
             EDGE_STAGES=config.edge_stages,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            enable_fp_fusion=True,
+            **MULTIPLY_ADDS,
         )
         if shares is not None:
-            _combine_kernel[(tiles, call.H, batch)](
+            _combine_kernel[(call.M, call.H, batch)](
                 call.tensors,
                 out,
                 stats,
@@ -399,9 +404,9 @@ def _launch(call: AttentionCall, out: Rows, stats: RowStats, target: str) -> Non
                 splits,
                 D_v=call.D_v,
                 BLOCK_DV=call.flags["BLOCK_DV"],
-                BLOCK_M=config.block_m,
-                num_warps=4,
-                enable_fp_fusion=True,
+                BLOCK_S=combined_shares(call.flags["BLOCK_DV"]),
+                num_warps=1,
+                **MULTIPLY_ADDS,
             )
 
 

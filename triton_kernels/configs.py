@@ -128,6 +128,8 @@ _FILL = 264
 # A share of fewer blocks costs more in being written and added than its program saves.
 _LEAST_BLOCKS = 4
 _MOST_SPLITS = 64
+# Numbers of shares that the one warp of a row loads at a time: 16 loads of 16 bytes of each thread in flight.
+_COMBINED = 2048
 
 # {target: {width, of heads padded to a power of two: one tile for each number of sides that a window or
 # causality bounds}}, for 16-bit calls in which nothing but a scale lies between product and weight and hidden
@@ -213,6 +215,11 @@ def attention_fwd_config(
     if target.startswith("gfx") and config.num_warps == 8:
         config = config._replace(num_warps=4)  # of 64 threads, with up to 512 registers each
     return config
+
+
+def combined_shares(width: int) -> int:
+    """How many shares of a row of `width` columns are added up in a step; their statistics fill sectors."""
+    return min(_COMBINED // width, _MOST_SPLITS)
 
 
 class AttentionBwdConfig(NamedTuple):

@@ -7,6 +7,7 @@ import torch
 
 import fastformer
 from fastformer.testing import attention_inputs
+from fastformer.triton_kernels import configs
 from tests.ops import philox
 from tests.ops.attention_cases import CASES, PACKED, Draw, call, kernels_serve, packed_call
 from tests.ops.attention_judge import judge_attention
@@ -97,6 +98,19 @@ def test_many_keys_are_split(M, more):
     judge_attention(inputs, backend="triton")
     inputs["mask"] = None
     judge_attention(inputs | {"key_lengths": torch.tensor([1500, 3])}, backend="triton")
+
+
+def test_more_shares_than_are_added_in_a_step():
+    """Later ones hold larger scores, none at all, and the largest."""
+    inputs = attention_inputs(B=1, H=2, M=3, N=1500, D=8, D_v=200)
+    inputs["key"] *= torch.linspace(0.1, 3.0, 1500)[:, None]
+    mask = torch.ones(3, 1500, dtype=torch.bool)
+    mask[:, 900:1300] = False
+    mask[1, :1400] = False
+    mask[2] = False
+    config = configs.attention_fwd_config("sm_80", 4, 256, False, 0, 3)
+    assert config.splits(2, 1500) > configs.combined_shares(256)
+    judge_attention(inputs | {"mask": mask, "return_lse": True}, backend="triton")
 
 
 @pytest.mark.parametrize("value", (torch.nan, torch.inf), ids=str)
