@@ -190,7 +190,7 @@ _FLOAT32 = {
     128: (AttentionFwdConfig(32, 32, 8, 1, 1, False), AttentionFwdConfig(16, 32, 8, 1, 1, False)),
     256: (AttentionFwdConfig(16, 32, 8, 1, 1, False),) * 2,
 }
-_FEW_QUERIES = 16
+FEW_QUERIES = 16
 
 
 @functools.cache
@@ -210,7 +210,7 @@ def attention_fwd_config(
         config = _PLAIN.get(target, _PLAIN["sm_80"])[width][sides]
     else:
         config = _MORE.get(target, _MORE["sm_80"])[width]
-    if M <= _FEW_QUERIES:
+    if M <= FEW_QUERIES:
         config = config._replace(block_m=16, num_warps=8 if itemsize == 4 else 4, ahead=False)
     if target.startswith("gfx") and config.num_warps == 8:
         config = config._replace(num_warps=4)  # of 64 threads, with up to 512 registers each

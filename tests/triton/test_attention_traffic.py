@@ -68,15 +68,15 @@ def test_forward(monkeypatch, emulation, D, causal):
 
 @pytest.mark.parametrize("D", WIDTHS)
 def test_one_query_of_many_keys(monkeypatch, emulation, D):
-    """Keys are split among programs, so that each is read once; with grouped heads once a query head. What
-    the shares hold is read once, in whole sectors: the statistics of eight fill one."""
+    """Keys are split among programs, so that each is read once, for all the heads that read it. What the
+    shares hold is read once, in whole sectors: the statistics of eight fill one."""
     monkeypatch.setattr(configs, "_LEAST_BLOCKS", 1)
     config = configs.attention_fwd_config(emulation.target, SIZE, D, True, 0, 1)
     splits, keys = 8, 8 * config.block_n
     attention_fwd(*arguments(D, M=1, N=keys))
     counters, combining = (emulation.counters[f"_{name}_kernel"] for name in ("attention_fwd", "combine"))
-    assert counters.ctas == splits * H == config.splits(H, keys) * H
-    assert counters.global_load_bytes == H * (splits + 2 * keys) * D * SIZE
+    assert counters.ctas == splits * H_KV == config.splits(H_KV, keys) * H_KV
+    assert counters.global_load_bytes == (H * splits + H_KV * 2 * keys) * D * SIZE
     assert counters.load_efficiency == 1.0
     assert counters.bank_conflicts == combining.bank_conflicts == 0
     shares = splits * H * (D + 2) * FLOAT
