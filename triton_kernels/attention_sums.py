@@ -16,7 +16,7 @@ from .attention_call import SIZES, AttentionCall, Scores, attention_call, scores
 from .attention_passes import ScorePass, gradient_tile, tile_by_itself
 from .attention_rows import weight_pass
 from .configs import ATTENTION_SUMS
-from .launch import MULTIPLY_ADDS, TARGET, ceil_div, on_device
+from .launch import MULTIPLY_ADDS, TARGET, all_registers, ceil_div, on_device
 from .masks import head_of, key_blocks
 
 _sized = triton.jit(
@@ -133,8 +133,6 @@ def _run_sum(
     config = ATTENTION_SUMS
     tiles_m, tiles_n = ceil_div(target_M, config.block), ceil_div(call.N, config.block)
     over_rows = target_M < call.M
-    # With float32 and every argument ptxas stops at 128 registers, and spills 40 bytes, if not told of more.
-    registers = {"maxnreg": 255} if TARGET == "cuda" else {}
     _score_sum_kernel[(target_B * target_H * tiles_m * tiles_n,)](
         call.tensors,
         scores,
@@ -154,7 +152,7 @@ def _run_sum(
         num_warps=config.num_warps,
         num_stages=1,
         **MULTIPLY_ADDS,
-        **registers,
+        **all_registers(TARGET),  # else float32 with every argument spills 40 bytes
     )
 
 
