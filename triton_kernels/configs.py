@@ -190,9 +190,9 @@ _FLOAT32 = {
     128: (AttentionFwdConfig(32, 32, 8, 1, 1, False), AttentionFwdConfig(16, 32, 8, 1, 1, False)),
     256: (AttentionFwdConfig(16, 32, 8, 1, 1, False),) * 2,
 }
-# The same of few queries on NVIDIA's chips. At 64 one stage spills 16 bytes of plain calls on sm_90, where ptxas
-# stops at 128 registers. At 256 with every argument 8 warps spill 24 to 40 bytes in one stage on all chips but
-# sm_80, and 48 in two on sm_90; 16 warps in two stages take 100 to 128 registers.
+# The same of few queries on NVIDIA's chips. At 64 one stage spills 16 bytes of plain calls on sm_90, where
+# ptxas stops at 128 registers. At 256 with every argument 8 warps spill 24 to 40 bytes in one stage on all
+# chips but sm_80, and 48 in two on sm_90; 16 warps in two stages take 100 to 128 registers.
 _FLOAT32_FEW = {
     64: (AttentionFwdConfig(16, 32, 8, 2, 2, False),) * 2,
     128: (AttentionFwdConfig(16, 32, 8, 1, 1, False),) * 2,
