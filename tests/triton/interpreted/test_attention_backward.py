@@ -132,4 +132,4 @@ def test_wide_heads_with_dropout_and_biases():
         "dropout": {"p": 0.25, "seed": 7},
         "lse": True,
     }
-    check(Drawn(1, 2, 1, 20, 40, D=24, D_v=200, layout="contiguous", seed=3, choices=choices), torch.float32)
+    check(Drawn(1, 2, 1, 20, 40, D=200, D_v=24, layout="contiguous", seed=3, choices=choices), torch.float32)
