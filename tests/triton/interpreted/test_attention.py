@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fastformer.triton_kernels import configs
 
 import fastformer
 from fastformer.testing import attention_inputs
-from fastformer.triton_kernels import configs
 from tests.ops import philox
 from tests.ops.attention_cases import CASES, PACKED, Draw, call, kernels_serve, packed_call
 from tests.ops.attention_draws import Drawn
