@@ -181,15 +181,22 @@ _MORE = {
     }
 }
 _MORE["sm_120"] = _MORE["sm_80"] | {64: AttentionFwdConfig(64, 32, 4, 2, 2, False)}  # 64 keys spill 24 bytes
-# {width: tiles of plain calls whose heads fill the width, and of others, which spill up to 136 bytes in the
-# former}. Products of single numbers hold whole rows of both operands in registers: 4 warps spill 256 bytes.
-# With every argument the widest still spill 8 bytes on sm_80: 16 warps 200, 64 keys 264, and fewer than 32
-# keys cannot be, because dropout decides 32 at a time.
+# {target: {width: tiles of plain calls whose heads fill the width, and of others, which spill up to 136 bytes
+# in the former}}. Products of single numbers hold whole rows of both operands in registers: 4 warps spill 256
+# bytes. At 64 one stage spills 16 bytes on sm_100. With every argument the widest still spill 8 bytes on
+# sm_80: two stages 16, 16 warps 200, 64 keys 264, and fewer than 32 cannot be, because dropout decides 32 at
+# a time.
 _FLOAT32 = {
-    64: (AttentionFwdConfig(64, 32, 8, 1, 1, False), AttentionFwdConfig(32, 32, 8, 1, 1, False)),
-    128: (AttentionFwdConfig(32, 32, 8, 1, 1, False), AttentionFwdConfig(16, 32, 8, 1, 1, False)),
-    256: (AttentionFwdConfig(16, 32, 8, 1, 1, False),) * 2,
+    "sm_80": {
+        64: (AttentionFwdConfig(64, 32, 8, 2, 2, False), AttentionFwdConfig(32, 32, 8, 1, 1, False)),
+        128: (AttentionFwdConfig(32, 32, 8, 1, 1, False), AttentionFwdConfig(16, 32, 8, 1, 1, False)),
+        256: (AttentionFwdConfig(16, 32, 8, 1, 1, False),) * 2,
+    }
 }
+# There it is one stage that spills, 8 and 24 bytes on sm_100 and sm_89. AMD's have too little shared memory.
+for _target in ("sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120"):
+    _widest = (AttentionFwdConfig(16, 32, 8, 1, 1, False), AttentionFwdConfig(16, 32, 8, 2, 2, False))
+    _FLOAT32[_target] = _FLOAT32["sm_80"] | {256: _widest}
 # The same of few queries on NVIDIA's chips. At 64 one stage spills 16 bytes of plain calls on sm_90, where
 # ptxas stops at 128 registers. At 256 with every argument 8 warps spill 24 to 40 bytes in one stage on all
 # chips but sm_80, and 48 in two on sm_90; 16 warps in two stages take 100 to 128 registers.
@@ -214,7 +221,8 @@ def attention_fwd_config(
     width = max(width, 64)
     few, nvidia = M <= FEW_QUERIES, target.startswith("sm_")
     if itemsize == 4:
-        config = (_FLOAT32_FEW if few and nvidia else _FLOAT32)[width][not plain]
+        table = _FLOAT32_FEW if few and nvidia else _FLOAT32.get(target, _FLOAT32["sm_80"])
+        config = table[width][not plain]
     elif plain:
         config = _PLAIN.get(target, _PLAIN["sm_80"])[width][sides]
     else:
@@ -267,6 +275,9 @@ _FLOAT32_BWD = {
     128: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(16, 32, 8, 1)),
     256: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(16, 32, 16, 1)),
 }
+# 32 of the widest keys spill 24 bytes on sm_80, 89, 90 and 120. Fewer only in plain calls: dropout decides 32
+# at a time.
+_PLAIN_FLOAT32_BWD = _FLOAT32_BWD | {256: (AttentionBwdConfig(16, 16, 8, 1), _FLOAT32_BWD[256][1])}
 
 
 @functools.cache
@@ -276,7 +287,7 @@ def attention_bwd_config(
     """Tiles of the gradients of keys, and of those of queries; arguments as of attention_fwd_config."""
     width = max(width, 64)
     if itemsize == 4:
-        configs = _FLOAT32_BWD[width]
+        configs = (_PLAIN_FLOAT32_BWD if plain else _FLOAT32_BWD)[width]
     elif plain:
         configs = _PLAIN_BWD.get(target, _PLAIN_BWD["sm_80"])[width]
     else:

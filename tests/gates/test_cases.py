@@ -24,6 +24,7 @@ TABLES = {
         "_PLAIN_BWD",
         "_MORE_BWD",
         "_FLOAT32_BWD",
+        "_PLAIN_FLOAT32_BWD",
     ),
     "feed_forward": ("_GEMM", "_UNALIGNED"),
 }
@@ -52,7 +53,7 @@ def relabelled(table, labels, path=()):
 def stands_for(place, target):
     """Whether a target's calls can come to this place of a table."""
     name, key, *_ = place
-    if name in ("_PLAIN", "_MORE", "_PLAIN_BWD"):
+    if name in ("_PLAIN", "_MORE", "_FLOAT32", "_PLAIN_BWD"):
         return key == (target if target in getattr(configs, name) else "sm_80")
     if name == "_FLOAT32_FEW":
         return target.startswith("sm_")
