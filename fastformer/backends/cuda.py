@@ -21,8 +21,6 @@ _MAX_COLUMNS = 2**30
 _MAX_HEAD_DIM = 256
 # Queries and keys together, so that sums of positions stay 32-bit.
 _MAX_POSITIONS = 2**29
-# A tile has 128 queries, of which so few would leave most rows empty, and one block walks all of their keys.
-_FEW_QUERIES, _MANY_KEYS = 16, 512
 # Of chips whose blocks may have 99 KB of shared memory, and what attention's gradients then go up to.
 _LITTLE_SHARED = ((8, 6), (8, 9), (12, 0), (12, 1))
 _MAX_SMALL_HEAD_DIM = 128
@@ -117,7 +115,7 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
     if refusal is not None:
         return refusal
     if op == "attention_fwd":
-        return _attention_refusal(spec, tensors) or _few_queries(spec, tensors)
+        return _attention_refusal(spec, tensors)
     if op == "attention_bwd":
         return _attention_refusal(spec, tensors) or _gradient_refusal(spec, tensors)
     return _norm_refusal(first)
@@ -155,15 +153,6 @@ def _lengths(spec: AttentionSpec, query: Tensor, key: Tensor) -> tuple[int, int]
     M, N = (spec.max_seqlen_q, spec.max_seqlen_k) if packed else (query.shape[2], key.shape[2])
     assert M is not None and N is not None
     return M, N
-
-
-def _few_queries(spec: AttentionSpec, tensors: tuple[Tensor | None, ...]) -> str | None:
-    query, key = tensors[:2]
-    assert query is not None and key is not None
-    M, N = _lengths(spec, query, key)
-    if M <= _FEW_QUERIES and N >= _MANY_KEYS:
-        return f"its attention does not divide the keys of few queries, here {N} of {M}, among blocks yet"
-    return None
 
 
 def _gradient_refusal(spec: AttentionSpec, tensors: tuple[Tensor | None, ...]) -> str | None:
