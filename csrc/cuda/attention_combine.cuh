@@ -12,8 +12,8 @@
 namespace fastformer::cuda {
 
 // Of a row of head h whose place in lse is `at`, from its maximum and its sum over all keys: writes the
-// statistics, sink included, where `writes`, and returns what its outputs are to be multiplied by. kPlain: the
-// maximum is an exponent of 2 (see fold_scores).
+// statistics, sink included, where `writes`, and returns what its outputs are to be multiplied by. kPlain:
+// the maximum is an exponent of 2 (see fold_scores).
 template <bool kPlain>
 __device__ __forceinline__ float finish_row(const AttentionFwdParams& p, int h, int64_t at, bool writes,
                                             float max, float sum) {

@@ -221,9 +221,9 @@ inline void divide_keys(AttentionFwdParams& p, AttentionPlan& plan, int splits) 
 }
 
 // Into how many parts the keys of `tiles` tiles are divided where a device runs `resident` blocks of threads
-// at a time: what takes the least time, in that of a block of keys, if every block of threads takes one more
-// for itself, and a second kernel with its launch four. (Guessed: no GPU was at hand.) So many parts that they
-// wait for a third wave are left out.
+// at a time: what takes the least time, counted in blocks of keys, if every block of threads takes one more
+// for itself, and a second kernel with its launch four. (Guessed: no GPU was at hand.) More parts than two
+// waves have room for are left out.
 inline int best_splits(int64_t tiles, int64_t key_blocks, int64_t resident) {
   constexpr int64_t kOwnTime = 1, kCombineTime = 4;
   int64_t best = 1, least = ceil_div(tiles, resident) * (key_blocks + kOwnTime);

@@ -161,8 +161,8 @@ struct RealKeys {
   }
 };
 
-// -inf where the window, the lengths or the sequence's end hide a key. `rows` are the warp's (see row_of), `n0`
-// the tile's first key.
+// -inf where the window, the lengths or the sequence's end hide a key. `rows` are the warp's (see row_of),
+// `n0` is the first key of the tile.
 template <typename Rows, int kRowTiles, int kTiles>
 __device__ __forceinline__ void hide_outside(const AttentionFwdParams& p, const Head& head, Rows rows, int n0,
                                              float (&scores)[kRowTiles][kTiles][4]) {
