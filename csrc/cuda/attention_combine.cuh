@@ -39,11 +39,13 @@ __global__ void __launch_bounds__(kThreads)
   if (row >= p.rows) return;
   const float2* const stats = reinterpret_cast<const float2*>(p.partial_stats) + row * p.splits;
   float max = kLowest;
+#pragma unroll 1
   for (int s = lane; s < p.splits; s += kWarp) max = fmaxf(max, stats[s].x);
 #pragma unroll
   for (int bit = kWarp / 2; bit > 0; bit /= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, bit));
   const auto share_of = [&](float2 split) { return exp2_approximate((split.x - max) * p.factor); };
   float sum = 0.0f;
+#pragma unroll 1
   for (int s = lane; s < p.splits; s += kWarp) sum = fmaf(share_of(stats[s]), stats[s].y, sum);
   sum = warp_sum(sum, kWarp);
 
@@ -56,24 +58,24 @@ __global__ void __launch_bounds__(kThreads)
   const float* const partial = p.partial_out + row * p.splits * p.partial_stride;
   for (int first = 0; first < p.D_v; first += kWarp * kUnit) {
     const int column = first + kUnit * lane;
+    // Lanes past the row read its last columns once more.
+    const float* const unit = partial + min(column, p.partial_stride - kUnit);
     float sums[kUnit] = {};
     for (int s0 = 0; s0 < p.splits; s0 += kWarp) {
       const float share = s0 + lane < p.splits ? share_of(stats[s0 + lane]) : 0.0f;
-      for (int k0 = 0; k0 < kWarp && s0 + k0 < p.splits; k0 += kAhead) {
-        uint4 words[kAhead];
+      for (int k0 = 0; k0 < min(kWarp, p.splits - s0); k0 += kAhead) {
+        float values[kAhead][kUnit] = {};
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
           const int s = s0 + k0 + k;
-          words[k] = load_streaming(partial + int64_t{s} * p.partial_stride + column,
-                                    s < p.splits && column < p.partial_stride);
+          if (s < p.splits) load_past_l1(unit + int64_t{s} * p.partial_stride, values[k]);
         }
+        __syncwarp();  // or ptxas saves registers, and issues a load only when the last has come
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
           const float weight = __shfl_sync(0xffffffffu, share, k0 + k);
-          sums[0] = fmaf(weight, __uint_as_float(words[k].x), sums[0]);
-          sums[1] = fmaf(weight, __uint_as_float(words[k].y), sums[1]);
-          sums[2] = fmaf(weight, __uint_as_float(words[k].z), sums[2]);
-          sums[3] = fmaf(weight, __uint_as_float(words[k].w), sums[3]);
+#pragma unroll
+          for (int e = 0; e < kUnit; ++e) sums[e] = fmaf(weight, values[k][e], sums[e]);
         }
       }
     }

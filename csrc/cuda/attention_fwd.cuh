@@ -58,7 +58,6 @@ struct ForwardTile {
   const uint32_t q_address, k_address, v_address;  // for ldmatrix
   Copier keys, values;                             // unless kFew
   KeyPlaces<kBlockN / kStep, kStep> places;        // if kFew: of the block whose K or V comes next
-  const LaneRows lane_rows;                        // if kFew
   RealKeys real, next_real;  // unless kPlain: of the block at hand, of the one whose K comes next
   uint64_t seed = 0;
   RowState<kRowTiles> state;
@@ -76,15 +75,14 @@ struct ForwardTile {
         k_address(rows_then_units<kD>(shared + kPlaceOfK)),
         v_address(units_then_rows<kD>(shared + kPlaceOfV)),
         keys(p.key, head.b, head.h_kv, head.first_key + blocks.begin, p.D),
-        values(p.value, head.b, head.h_kv, head.first_key + blocks.begin, p.D_v),
-        lane_rows(head.m0 + warp_row, kFew ? p.share : 1) {
+        values(p.value, head.b, head.h_kv, head.first_key + blocks.begin, p.D_v) {
     if (!kPlain && p.threshold > 0) seed = *p.seed;
   }
 
-  // The warp's rows, as row_of takes them.
+  // The warp's rows, as row_of takes them: found anew each time, which takes no registers in between.
   __device__ __forceinline__ auto rows() const {
     if constexpr (kFew) {
-      return lane_rows;
+      return LaneRows(head.m0 + warp_row, p.share);
     } else {
       return head.m0 + warp_row;
     }

@@ -127,7 +127,7 @@ enum class AttentionKind : int32_t {
 // At most 96 KB of shared memory, which every chip from Ampere on has. At D = 64 96 keys are what registers
 // hold beside the sums: rescaling these costs a third less than at 64 keys, and 128 spill.
 constexpr AttentionTile forward_tile(int block_d, AttentionKind kind) {
-  if (kind == AttentionKind::kFew) return {1, 4, 64, block_d > 128 ? 1 : block_d > 64 ? 2 : 4};
+  if (kind == AttentionKind::kFew) return {1, 4, block_d > 128 ? 32 : 64, block_d > 128 ? 1 : block_d > 64 ? 2 : 3};
   if (block_d > 192) return {1, 4, 64, 1};
   if (kind == AttentionKind::kGeneral) return {1, 8, 64, block_d > 64 ? 1 : 2};
   if (block_d > 128 || (block_d == 128 && kind == AttentionKind::kPadded)) return {1, 8, 64, 1};
