@@ -12,28 +12,21 @@
 
 namespace fastformer::cuda {
 
-// Where those keys of a block lie that a thread copies, every kStep-th from its first on: which row of which
-// page. Without a page table a batch element is a page.
-template <int kCount, int kStep>
-struct KeyPlaces {
-  int page[kCount], row[kCount];
-
-  // `first`: the thread's first key. The table is not read past the head's keys, and nothing past the pages,
-  // whatever it holds.
-  __device__ __forceinline__ void find(const AttentionFwdParams& p, const Head& head, int first) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int key = first + i * kStep;
-      page[i] = head.b;
-      row[i] = static_cast<int>(head.first_key) + key;
-      if (p.page_table == nullptr || key >= head.key_end) continue;
-      const uint32_t entry = static_cast<uint32_t>(key) / static_cast<uint32_t>(p.page_size);
-      const uint32_t number = p.page_table[head.b * p.page_table_stride + entry];
-      page[i] = static_cast<int>(min(number, static_cast<uint32_t>(p.pages) - 1));
-      row[i] = key - static_cast<int>(entry) * p.page_size;
-    }
-  }
+// Where a key lies: which row of which page. Without a page table a batch element is a page.
+struct KeyPlace {
+  int page, row;
 };
+
+// The table is not read past the head's keys, and nothing past the pages, whatever it holds.
+__device__ __forceinline__ KeyPlace place_of_key(const AttentionFwdParams& p, const Head& head, int key) {
+  if (p.page_table == nullptr || key >= head.key_end) {
+    return {head.b, static_cast<int>(head.first_key) + key};
+  }
+  const uint32_t entry = static_cast<uint32_t>(key) / static_cast<uint32_t>(p.page_size);
+  const uint32_t number = p.page_table[head.b * p.page_table_stride + entry];
+  const uint32_t page = min(number, static_cast<uint32_t>(p.pages) - 1);
+  return {static_cast<int>(page), key - static_cast<int>(entry) * p.page_size};
+}
 
 template <DType kType, int kD, AttentionKind kKind>
 struct ForwardTile {
@@ -57,8 +50,8 @@ struct ForwardTile {
   const uint32_t shared;
   const uint32_t q_address, k_address, v_address;  // for ldmatrix
   Copier keys, values;                             // unless kFew
-  KeyPlaces<kBlockN / kStep, kStep> places;        // if kFew: of the block whose K or V comes next
-  RealKeys real, next_real;  // unless kPlain: of the block at hand, of the one whose K comes next
+  KeyPlace places[kBlockN / kStep];  // if kFew: of the thread's keys in the block whose K or V comes next
+  RealKeys real, next_real;          // unless kPlain: of the block at hand, of the one whose K comes next
   uint64_t seed = 0;
   RowState<kRowTiles> state;
   float out[kRowTiles][kD / 8][4] = {};
@@ -89,9 +82,7 @@ struct ForwardTile {
   }
 
   // Whether the warp has a query. Of few, most warps have none, and only copy.
-  __device__ __forceinline__ bool is_busy() const {
-    return !kFew || head.m0 + warp_row < head.M * p.share;
-  }
+  __device__ __forceinline__ bool is_busy() const { return !kFew || head.m0 + warp_row < head.M * p.share; }
 
   template <int kRows, typename IsReal>
   __device__ __forceinline__ void copy(Copier& rows, int place, IsReal is_real) const {
@@ -103,21 +94,26 @@ struct ForwardTile {
     copies_commit();
   }
 
-  template <int kRows, typename Begin, typename IsReal>
-  __device__ __forceinline__ void copy_scattered(int columns, int place, Begin begin, IsReal is_real) const {
-    Copier::template copy_scattered<kRows>(shared + place, p.aligned, columns, begin, is_real);
+  // Rows that lie anywhere. `known(i)` is where one begins as registers have it, `found(i)` the same found
+  // anew in a loop, which keeps the code of elements small.
+  template <int kRows, typename Known, typename Found, typename IsReal>
+  __device__ __forceinline__ void copy_scattered(int columns, int place, Known known, Found found,
+                                                 IsReal is_real) const {
+    if (p.aligned) {
+      Copier::template start_scattered<kRows>(shared + place, columns, known, is_real);
+    } else {
+      Copier::template copy_scattered_elements<kRows>(shared + place, columns, found, is_real);
+    }
     copies_commit();
   }
 
   __device__ __forceinline__ void copy_queries() const {
     if constexpr (kFew) {
-      const auto at = [&](int i) {
-        return query_row(head.m0 + i * kStep + Copier::first_row(), p.share);
-      };
+      const auto at = [&](int i) { return query_row(head.m0 + i * kStep + Copier::first_row(), p.share); };
       const auto begin = [&](int i) {
         return Copier::row_begin(p.query, head.b, head.h + at(i).g, head.first_query + at(i).i);
       };
-      copy_scattered<kBlockM>(p.D, 0, begin, [&](int i) { return at(i).i < head.M; });
+      copy_scattered<kBlockM>(p.D, 0, begin, begin, [&](int i) { return at(i).i < head.M; });
     } else {
       Copier rows(p.query, head.b, head.h, head.first_query + head.m0, p.D);
       const int left = head.M - head.m0 - Copier::first_row();
@@ -125,34 +121,44 @@ struct ForwardTile {
     }
   }
 
-  // Keys of a block of which `left` are to be read, counted from the thread's first row: `rows` of `from`.
+  // The block that begins `ahead` keys after the one at hand: `rows` of `from`.
   __device__ __forceinline__ void copy_block(Copier& rows, const HeadRows& from, int columns, int place,
-                                             int left, const RealKeys& of_block) const {
+                                             int ahead, const RealKeys& of_block) const {
     if constexpr (kPlain) {
-      copy<kBlockN>(rows, place, [&](int i) { return i * kStep < left; });
+      copy<kBlockN>(rows, place, [&](int i) { return i * kStep < left - ahead; });
     } else {
       const auto is_real = [&](int i) { return of_block.has(i * kStep + Copier::first_row()); };
       if constexpr (kFew) {
-        const auto begin = [&](int i) {
-          return Copier::row_begin(from, places.page[i], head.h_kv, places.row[i]);
+        const auto begin = [&](KeyPlace key) {
+          return Copier::row_begin(from, key.page, head.h_kv, key.row);
         };
-        copy_scattered<kBlockN>(columns, place, begin, is_real);
+        const auto known = [&](int i) { return begin(places[i]); };
+        const auto found = [&](int i) { return begin(place_of(n0 + ahead, i)); };
+        copy_scattered<kBlockN>(columns, place, known, found, is_real);
       } else {
         copy<kBlockN>(rows, place, is_real);
       }
     }
   }
 
-  // Of the block whose first key is n, before its K is copied.
+  // Of the thread's i-th key in the block whose first is n.
+  __device__ __forceinline__ KeyPlace place_of(int n, int i) const {
+    return place_of_key(p, head, n + i * kStep + Copier::first_row());
+  }
+
+  // For the block whose first key is n, before its K is copied.
   __device__ __forceinline__ void find_places(int n) {
-    if constexpr (kFew) places.find(p, head, n + Copier::first_row());
+    if constexpr (kFew) {
+#pragma unroll
+      for (int i = 0; i < kBlockN / kStep; ++i) places[i] = place_of(n, i);
+    }
   }
 
   __device__ __forceinline__ void start() {
     if constexpr (!kPlain) next_real.find(p, head, n0);
     find_places(n0);
     copy_queries();
-    copy_block(keys, p.key, p.D, kPlaceOfK, left, next_real);
+    copy_block(keys, p.key, p.D, kPlaceOfK, 0, next_real);
   }
 
   // One block of keys: its K is on the way, or there.
@@ -161,7 +167,7 @@ struct ForwardTile {
     copies_wait<0>();
     __syncthreads();  // K is there, and everybody is done with the last block's V
     if constexpr (!kPlain) real = next_real;
-    copy_block(values, p.value, p.D_v, kPlaceOfV, left, real);
+    copy_block(values, p.value, p.D_v, kPlaceOfV, 0, real);
     find_places(n0 + kBlockN);  // the table answers while scores are computed
     float scores[kRowTiles][kTiles][4];
     const bool busy = is_busy();
@@ -170,7 +176,7 @@ struct ForwardTile {
     copies_wait<0>();
     __syncthreads();  // V is there, and everybody is done with K
     if constexpr (!kPlain) next_real.find(p, head, n0 + kBlockN);
-    copy_block(keys, p.key, p.D, kPlaceOfK, left - kBlockN, next_real);
+    copy_block(keys, p.key, p.D, kPlaceOfK, kBlockN, next_real);
     if (!busy) return;
 
     modify<kEdge>(scores);

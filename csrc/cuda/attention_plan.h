@@ -9,10 +9,11 @@
 //
 // Budget of few queries, whose time is that of reading K and V: 64 keys at D = 128 are 32 KB, which at the
 // 13 bytes a clock that DRAM brings a multiprocessor (A100 and H100 alike) take 2500 cycles. A tile of 64
-// rows, filled or not, takes 1024 of them on tensor cores and 500 to 700 more slots of a quarter: addresses
-// and masks of a kernel that serves every argument find room beside the copies. 128 rows would not. A block
-// has one of its two tiles of keys under way, 16 KB, and two blocks a multiprocessor more than the 9 KB that
-// its share of DRAM needs in 700 cycles of latency.
+// rows, filled or not, takes 1024 of them on tensor cores and 700 more slots of a quarter, as the emulator
+// counts; at D = 64 512 and 550 of 1250 cycles. So addresses and masks of a kernel that serves every argument
+// find room beside the copies, and 128 rows would not. A block has one of its two tiles of keys under way,
+// 16 KB, and two blocks a multiprocessor more than the 9 KB that its share of DRAM needs in 700 cycles of
+// latency.
 #pragma once
 
 #include <cstdint>
@@ -127,7 +128,8 @@ enum class AttentionKind : int32_t {
 // At most 96 KB of shared memory, which every chip from Ampere on has. At D = 64 96 keys are what registers
 // hold beside the sums: rescaling these costs a third less than at 64 keys, and 128 spill.
 constexpr AttentionTile forward_tile(int block_d, AttentionKind kind) {
-  if (kind == AttentionKind::kFew) return {1, 4, block_d > 128 ? 32 : 64, block_d > 128 ? 1 : block_d > 64 ? 2 : 3};
+  if (kind == AttentionKind::kFew)
+    return {1, 4, block_d > 128 ? 32 : 64, block_d > 128 ? 1 : block_d > 64 ? 2 : 3};
   if (block_d > 192) return {1, 4, 64, 1};
   if (kind == AttentionKind::kGeneral) return {1, 8, 64, block_d > 64 ? 1 : 2};
   if (block_d > 128 || (block_d == 128 && kind == AttentionKind::kPadded)) return {1, 8, 64, 1};

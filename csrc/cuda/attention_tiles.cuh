@@ -99,24 +99,27 @@ struct RowCopier {
     }
   }
 
-  // As `start`, or as `copy_elements` where not `aligned`, of rows that lie anywhere: `begin(i)` is where row
-  // first_row() + i kStep begins for this thread. Of `columns` columns.
+  // As `start`, of rows that lie anywhere: `begin(i)` is where row first_row() + i kStep begins for this
+  // thread. Of `columns` columns.
   template <int kRows, typename Begin, typename IsReal>
-  static __device__ __forceinline__ void copy_scattered(uint32_t shared, bool aligned, int columns,
-                                                        Begin begin, IsReal is_real) {
+  static __device__ __forceinline__ void start_scattered(uint32_t shared, int columns, Begin begin,
+                                                         IsReal is_real) {
     static_assert(kRows % kStep == 0 && kStep % 8 == 0);
     const uint32_t place = shared + place_in_panel<kD>(first_row(), unit());
-    const int width = columns - 8 * unit();
-    if (aligned) {
 #pragma unroll
-      for (int i = 0; i < kRows / kStep; ++i) {
-        start_row<kRows>(place + i * kStep * P::kPitch, begin(i), is_real(i), width);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kRows / kStep; ++i) {
-        copy_row_elements<kRows>(place + i * kStep * P::kPitch, begin(i), is_real(i), width);
-      }
+    for (int i = 0; i < kRows / kStep; ++i) {
+      start_row<kRows>(place + i * kStep * P::kPitch, begin(i), is_real(i), columns - 8 * unit());
+    }
+  }
+
+  // As `copy_elements`, of such rows.
+  template <int kRows, typename Begin, typename IsReal>
+  static __device__ __forceinline__ void copy_scattered_elements(uint32_t shared, int columns, Begin begin,
+                                                                 IsReal is_real) {
+    const uint32_t place = shared + place_in_panel<kD>(first_row(), unit());
+#pragma unroll 1
+    for (int i = 0; i < kRows / kStep; ++i) {
+      copy_row_elements<kRows>(place + i * kStep * P::kPitch, begin(i), is_real(i), columns - 8 * unit());
     }
   }
 

@@ -43,7 +43,7 @@ def few_inputs(M=1, N=300, group=4, D=64, H_kv=1, dtype=BF16, **more):
 @pytest.mark.parametrize(
     "M, N, group, splits",
     [
-        (1, 1, 1, 1),
+        (3, 70, 4, 1),
         (1, 63, 8, 2),  # one block of keys: a split has none
         (3, 512, 4, 7),
         (9, 200, 8, 2),  # two tiles, the second with 8 rows
@@ -102,6 +102,15 @@ def test_cases(attention_emulator, name):
     if kernels_serve(inputs) and 0 < inputs["query"].numel() and M <= 64:
         attention_emulator.splits = 2
         judge_here(attention_emulator, inputs)
+
+
+@pytest.mark.parametrize("N", (100, pytest.param(101, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("shape", [(6, 3), (6, 1)], ids=("every query", "all queries"))
+def test_biases_of_each_head(attention_emulator, shape, N):
+    attention_emulator.splits = 2
+    inputs = attention_inputs(B=2, H=6, H_kv=2, M=3, N=N, D=32, dtype=BF16) | {"return_lse": True}
+    judge_here(attention_emulator, inputs | {"bias": Draw(BF16).floats(*shape, N)})
+    assert attention_emulator.params.bias_pairs == (N % 2 == 0)
 
 
 @pytest.mark.slow
@@ -284,7 +293,10 @@ def paged_inputs(lengths, page_size, M=1, H=4, H_kv=2, D=64, D_v=64, dtype=BF16,
     [
         (16, 2, 1),
         (100, 1, 5),
-        *(pytest.param(*more, marks=pytest.mark.slow) for more in ((1, 3, 2), (7, 2, 20), (64, 2, 3), (256, 1, 1))),
+        *(
+            pytest.param(*more, marks=pytest.mark.slow)
+            for more in ((1, 3, 2), (7, 2, 20), (64, 2, 3), (256, 1, 1))
+        ),
     ],
 )
 def test_pages(attention_emulator, page_size, splits, M):
@@ -355,8 +367,6 @@ def test_any_call(attention_emulator):
         attention_emulator.splits = splits
         drawn = data.draw(calls((features - {"weights"}) | {"decode"}))
         inputs, fn_only, plain_only = drawn.inputs(dtype)
-        judge_attention(
-            without_grad(inputs), backend="cuda", fn_only=fn_only, plain_only=plain_only
-        )
+        judge_attention(without_grad(inputs), backend="cuda", fn_only=fn_only, plain_only=plain_only)
 
     checked()
