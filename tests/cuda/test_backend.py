@@ -246,6 +246,7 @@ def test_attention_goes_to_the_faster_kernel(machine, capability, first):
     assert dispatch.choose("attention_fwd", spec, tensors, "auto") is dispatch.BACKENDS[first]
     assert dispatch.choose("attention_fwd", spec, tensors, "cuda") is cuda
     assert dispatch.choose("attention_bwd", spec, tensors, "auto") is dispatch.BACKENDS[first]
+    assert not cuda.gives_way("paged_attention_fwd", tensors)
     machine.setattr(triton, "why_not", lambda op, spec, tensors: "it is not installed")
     assert dispatch.choose("attention_fwd", spec, tensors, "auto") is cuda
 

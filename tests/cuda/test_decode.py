@@ -9,14 +9,16 @@ import torch
 from hypothesis import strategies as st
 
 import fastformer
-from fastformer.testing import assert_as_accurate, attention_inputs
+from fastformer.testing import attention_inputs
 from tests import ptxvm
 from tests.ops import plain
 from tests.ops.attention_cases import CASES, PACKED, Draw, call, kernels_serve, packed_call
 from tests.ops.attention_draws import calls, sets_of_features
 from tests.ops.attention_judge import judge_attention
 from tests.ops.dropout_calls import dropout_of
-from tests.ops.judging import assert_same_bits, without_grad
+from tests.ops.judging import assert_same_bits, judge, without_grad
+from tests.ops.paged_cases import CASES as PAGED_CASES
+from tests.ops.paged_cases import LAYOUTS, paged_call, paged_inputs, real_places
 
 pytestmark = pytest.mark.usefixtures("attention_emulator")
 
@@ -231,123 +233,43 @@ def test_traffic(attention_emulator, splits):
     assert 32 * joined.global_store_sectors == H * (2 * D + 3 * 32)
 
 
-def paged(emulator, inputs, causal=True, window=(None, None), softcap=None, sink=None, scale=0.2):
-    left, right = window
-    if causal:
-        right = 0 if right is None else min(right, 0)
-    return emulator.paged_attention_fwd(*inputs, sink, scale, left, right, softcap)
+SOME_PAGES = ("everything", "fewer keys than queries")
 
 
-def judge_paged(emulator, inputs, causal=True, window=None, sink=None, **more):
-    """Sequence by sequence against the plain formula, on keys that lie together."""
-    query, key_pages, value_pages, page_table, lengths = inputs
-    found = paged(emulator, inputs, causal, window or (None, None), sink=sink, **more)
-
-    def expected(dtype):
-        results = []
-        for b, length in enumerate(lengths.tolist()):
-            n = torch.arange(length)
-            number, row = page_table[b, n // key_pages.shape[1]].long(), n % key_pages.shape[1]
-            key, value = (
-                pages[number, row].transpose(0, 1)[None].to(dtype) for pages in (key_pages, value_pages)
-            )
-            spans = {"causal": causal and "lower_right", "window": window, "corner": "lower_right"}
-            one = plain.attention(
-                query[b : b + 1].to(dtype),
-                key,
-                value,
-                **{"scale": 0.2, **spans, **more},
-                sink=None if sink is None else sink.to(dtype),
-                return_lse=True,
-            )
-            results.append(one)
-        return [torch.cat(parts) for parts in zip(*results, strict=True)]
-
-    assert_as_accurate(list(found), expected(query.dtype), expected(torch.float64))
-    assert FEW_NAME in emulator.launched[-1 if emulator.params.splits == 1 else -2][0]
-
-
-def paged_inputs(lengths, page_size, M=1, H=4, H_kv=2, D=64, D_v=64, dtype=BF16, wide=False):
-    """Pages in any order, NaN in every place that holds no key, and numbers of no page behind the last."""
-    draw = torch.Generator().manual_seed(5)
-    columns = max(-(-length // page_size) for length in lengths) + 1
-    pages = len(lengths) * columns
-    table = torch.randperm(pages, generator=draw).view(len(lengths), columns)
-    query = torch.randn(len(lengths), H, M, D, generator=draw).to(dtype)
-    caches = []
-    for width in (D, D_v):
-        cache = torch.full((pages, page_size, H_kv, width), torch.nan)
-        for b, length in enumerate(lengths):
-            n = torch.arange(length)
-            keys = torch.randn(length, H_kv, width, generator=draw)
-            cache[table[b, n // page_size], n % page_size] = keys
-        caches.append(cache.to(dtype))
-    for b, length in enumerate(lengths):
-        table[b, -(-length // page_size) :] = (2**31 - 1, -1, -(2**31))[b % 3]
-    lengths = torch.tensor(lengths, dtype=torch.int64 if wide else torch.int32)
-    return query, *caches, table.to(torch.int32), lengths
-
-
+@pytest.mark.parametrize("splits", (2, pytest.param(None, marks=pytest.mark.slow)))
 @pytest.mark.parametrize(
-    "page_size, splits, M",
-    [
-        (16, 2, 1),
-        (100, 1, 5),
-        *(
-            pytest.param(*more, marks=pytest.mark.slow)
-            for more in ((1, 3, 2), (7, 2, 20), (64, 2, 3), (256, 1, 1))
-        ),
-    ],
+    "name",
+    [name if name in SOME_PAGES else pytest.param(name, marks=pytest.mark.slow) for name in PAGED_CASES],
 )
-def test_pages(attention_emulator, page_size, splits, M):
-    """Lengths of 0, 1, fewer than the queries, and ragged: each with its own corner."""
+def test_pages(attention_emulator, name, splits):
+    """Each batch element has its own length and corner, and splits without a key."""
     attention_emulator.splits = splits
-    judge_paged(attention_emulator, paged_inputs((130, 0, 1, 64), page_size, M))
+    inputs = paged_call(name, BF16)
+    judge(fastformer.paged_attention, plain.paged_attention, inputs, backend="cuda")
+    assert FEW_NAME in attention_emulator.launched[0][0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "more",
-    (
-        {"causal": False},
-        {"window": (20, None)},
-        {"window": (30, 5), "causal": False},
-        {"softcap": 2.0},
-        {"sink": torch.tensor([0.5, -1.0, 3.0, 0.0])},
-    ),
-    ids=lambda more: " ".join(more),
-)
-def test_pages_with_more(attention_emulator, more):
-    for splits in (1, 2):
-        attention_emulator.splits = splits
-        judge_paged(attention_emulator, paged_inputs((200, 3, 0, 70), 16, M=5, wide=True), **more)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pages_are_read_in_place(attention_emulator, layout):
+    inputs = paged_inputs((40, 16, 5), D=64, dtype=BF16, layout=layout)
+    judge(fastformer.paged_attention, plain.paged_attention, inputs, backend="cuda")
+    in_place = attention_emulator.tensors["key.data"].data_ptr() == inputs["key_pages"].data_ptr()
+    assert in_place is (layout != "last strided")
 
 
-@pytest.mark.slow
-def test_pages_of_many_queries(attention_emulator):
-    """A whole prompt goes the same way, in tiles of its queries of a group."""
-    judge_paged(attention_emulator, paged_inputs((150, 90), 32, M=90, D=40, D_v=72))
-
-
-@pytest.mark.slow
-def test_pages_read_in_place(attention_emulator):
-    """One layer of a larger cache, heads before tokens, and unaligned: nothing is copied."""
-    query, key_pages, value_pages, table, lengths = paged_inputs((70, 30), 16, M=2)
-    for place in (
-        lambda pages: torch.stack([torch.full_like(pages, torch.nan), pages], 1)[:, 1],
-        lambda pages: pages.transpose(1, 2).contiguous().transpose(1, 2),
-        lambda pages: torch.cat([pages[:1].flatten()[:1], pages.flatten()])[1:].view(pages.shape),
-    ):
-        placed = place(key_pages), place(value_pages)
-        judge_paged(attention_emulator, (query, *placed, table, lengths))
-        assert attention_emulator.tensors["key.data"].data_ptr() == placed[0].data_ptr()
-
-
-def test_numbers_of_no_page_read_nothing_outside(attention_emulator):
-    """A wrong table gives wrong results, and the emulator's bounds are kept."""
-    query, key_pages, value_pages, table, lengths = paged_inputs((40,), 16)
-    table[0, :2] = torch.tensor([-5, 2**30])
-    paged(attention_emulator, (query, key_pages, value_pages, table, lengths))
+def test_unread_places_of_pages_may_hold_anything(attention_emulator):
+    """And numbers of no page read nothing outside the pages, as the emulator sees."""
+    attention_emulator.splits = 2
+    inputs = paged_inputs((130, 0, 33), S=16, M=2, D=64, dtype=BF16) | {"return_lse": True}
+    clean = fastformer.paged_attention(**inputs, backend="cuda")
+    unread = ~real_places(inputs["page_table"], inputs["lengths"], *inputs["key_pages"].shape[:2])
+    for name in ("key_pages", "value_pages"):
+        inputs[name] = inputs[name].masked_fill(unread[..., None, None], torch.nan)
+    dirty = fastformer.paged_attention(**inputs, backend="cuda")
+    assert_same_bits(dict(enumerate(clean)), dict(enumerate(dirty)))
+    inputs["page_table"][:, :2] = torch.tensor([-5, 2**30], dtype=torch.int32)
+    fastformer.paged_attention(**inputs, backend="cuda")
 
 
 @pytest.mark.slow
