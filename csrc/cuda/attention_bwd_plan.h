@@ -95,7 +95,7 @@ struct AttentionBwdPlan {
 inline AttentionBwdPlan plan_attention_bwd(AttentionBwdParams& p, int64_t total_queries,
                                            int64_t most_shared) {
   AttentionFwdParams& call = p.call;
-  plan_attention_fwd(call, 8);  // for what it sets; forward's own choice is nothing here
+  describe_scores(call);
   p.aligned = call.aligned && has_aligned_rows(p.grad_out, call.D_v) &&
               has_aligned_rows(p.grad_query, call.D) && has_aligned_rows(p.grad_key, call.D) &&
               has_aligned_rows(p.grad_value, call.D_v);

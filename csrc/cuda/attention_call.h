@@ -1,5 +1,5 @@
 // From the tensors of an attention call to what its kernels are told, checked before anything is launched.
-// What only the device knows is not read: lengths and the bounds of packed sequences.
+// What only the device knows is not read: lengths, page numbers and the bounds of packed sequences.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +10,15 @@
 #include "tensors.h"
 
 namespace fastformer::cuda {
+
+// Of paged_attention, in the order of its schema.
+struct PagedArguments {
+  const Tensor &query, &key_pages, &value_pages, &page_table, &lengths;
+  const std::optional<Tensor>& sink;
+  double scale;
+  std::optional<int64_t> left, right;
+  std::optional<double> softcap;
+};
 
 // Owns what its pointers point to, so it lives until the kernels are launched.
 class AttentionCall {
@@ -29,7 +38,27 @@ class AttentionCall {
     p.softcap = static_cast<float>(arguments.softcap.value_or(0.0));
     set_masks(arguments, p);
     set_biases(arguments, p);
+    set_sink(arguments.sink, p);
     set_dropout(arguments, p);
+  }
+
+  AttentionCall(const PagedArguments& arguments, AttentionFwdParams& p)
+      : query_(with_contiguous_rows(arguments.query)),
+        key_(with_contiguous_rows(arguments.key_pages)),
+        value_(with_contiguous_rows(arguments.value_pages)) {
+    check_dims("query [B, H, M, D], key_pages [P, S, H_kv, D] and value_pages [P, S, H_kv, D_v]", 4);
+    STD_TORCH_CHECK(value_.size(0) == key_.size(0) && value_.size(1) == key_.size(1),
+                    "key_pages and value_pages differ in P or S");
+    check_heads(2);
+    set_pages(arguments, p);
+    p.query = head_rows(query_);
+    p.key = page_rows(key_);
+    p.value = page_rows(value_);
+    p.scale = static_cast<float>(arguments.scale);
+    p.softcap = static_cast<float>(arguments.softcap.value_or(0.0));
+    p.dropout_scale = 1.0f;
+    set_lengths(arguments.lengths, "lengths", p);
+    set_sink(arguments.sink, p);
   }
   AttentionCall(const AttentionCall&) = delete;
 
@@ -60,17 +89,34 @@ class AttentionCall {
     return kept_.back();
   }
 
+  // [P, S, H_kv, D], whose "batch elements" are pages.
+  static HeadRows page_rows(const Tensor& tensor) {
+    void* const data = const_cast<void*>(tensor.const_data_ptr());
+    return {data, stride_of(tensor, 0), stride_of(tensor, 2), stride_of(tensor, 1)};
+  }
+
   void check_rows() const {
-    const int64_t dims = packed_ ? 3 : 4, last = dims - 1, rows = packed_ ? 0 : 2;
-    STD_TORCH_CHECK(query_.dim() == dims && key_.dim() == dims && value_.dim() == dims,
-                    "query, key and value must be [B, H, M, D], [B, H_kv, N, D] and [B, H_kv, N, D_v], or "
-                    "packed [total, H, D]");
+    const int64_t rows = packed_ ? 0 : 2;
+    check_dims(
+        "query, key and value [B, H, M, D], [B, H_kv, N, D] and [B, H_kv, N, D_v], or packed [total, H, D]",
+        packed_ ? 3 : 4);
     STD_TORCH_CHECK(packed_ || (key_.size(0) == query_.size(0) && value_.size(0) == query_.size(0)),
                     "B differs");
-    STD_TORCH_CHECK(value_.size(1) == key_.size(1), "key and value differ in H_kv");
     STD_TORCH_CHECK(value_.size(rows) == key_.size(rows), "key and value differ in N");
+    check_heads(1);
+  }
+
+  void check_dims(const char* wanted, int64_t dims) const {
+    STD_TORCH_CHECK(query_.dim() == dims && key_.dim() == dims && value_.dim() == dims, wanted,
+                    " are wanted, and something has other dimensions");
+  }
+
+  // `heads` is the dimension of key and value that counts them.
+  void check_heads(int64_t heads) const {
+    const int64_t last = query_.dim() - 1;
+    STD_TORCH_CHECK(value_.size(heads) == key_.size(heads), "key and value differ in H_kv");
     STD_TORCH_CHECK(key_.size(last) == query_.size(last), "query and key differ in D");
-    STD_TORCH_CHECK(query_.size(1) == 0 || (key_.size(1) > 0 && query_.size(1) % key_.size(1) == 0),
+    STD_TORCH_CHECK(query_.size(1) == 0 || (key_.size(heads) > 0 && query_.size(1) % key_.size(heads) == 0),
                     "H must be divisible by H_kv");
     STD_TORCH_CHECK(
         key_.scalar_type() == query_.scalar_type() && value_.scalar_type() == query_.scalar_type(),
@@ -97,20 +143,43 @@ class AttentionCall {
       M = *arguments.max_seqlen_q;
       N = *arguments.max_seqlen_k;
     }
+    count_positions(B, M, N, key_.size(1), arguments.left, arguments.right, p);
+    p.lower_right = arguments.lower_right;
+  }
+
+  void count_positions(int64_t B, int64_t M, int64_t N, int64_t H_kv, std::optional<int64_t> left,
+                       std::optional<int64_t> right, AttentionFwdParams& p) const {
+    const int64_t H = query_.size(1);
     STD_TORCH_CHECK(M >= 0 && N >= 0 && M + N < kMostPositions, "attention of ", M, " queries and ", N,
                     " keys is not served by cuda");
-    STD_TORCH_CHECK(B * query_.size(1) < int64_t{1} << 31, "B * H is too large for cuda");
+    STD_TORCH_CHECK(B * H < int64_t{1} << 31, "B * H is too large for cuda");
     p.B = static_cast<int32_t>(B);
-    p.H = static_cast<int32_t>(query_.size(1));
-    p.group = static_cast<int32_t>(key_.size(1) == 0 ? 1 : query_.size(1) / key_.size(1));
+    p.H = static_cast<int32_t>(H);
+    p.group = static_cast<int32_t>(H_kv == 0 ? 1 : H / H_kv);
     p.M = static_cast<int32_t>(M);
     p.N = static_cast<int32_t>(N);
     p.D = static_cast<int32_t>(query_.size(query_.dim() - 1));
     p.D_v = static_cast<int32_t>(value_.size(value_.dim() - 1));
     p.dtype = dtype_of(query_, "query");
-    p.left = static_cast<int32_t>(std::min(arguments.left.value_or(M + N), M + N));
-    p.right = static_cast<int32_t>(std::min(arguments.right.value_or(M + N), M + N));
-    p.lower_right = arguments.lower_right;
+    p.left = static_cast<int32_t>(std::min(left.value_or(M + N), M + N));
+    p.right = static_cast<int32_t>(std::min(right.value_or(M + N), M + N));
+  }
+
+  void set_pages(const PagedArguments& arguments, AttentionFwdParams& p) {
+    const Tensor& table = arguments.page_table;
+    STD_TORCH_CHECK(
+        table.scalar_type() == ScalarType::Int && table.dim() == 2 && table.size(0) == query_.size(0),
+        "page_table must be int32 [B, pages]");
+    const int64_t pages = key_.size(0), page_size = key_.size(1);
+    STD_TORCH_CHECK(pages >= 1 && page_size >= 1 && pages < int64_t{1} << 31 && page_size < kMostPositions,
+                    "key_pages of ", pages, " pages of ", page_size, " tokens are not served by cuda");
+    const int64_t N = table.size(1) * page_size;
+    count_positions(query_.size(0), query_.size(2), N, key_.size(2), arguments.left, arguments.right, p);
+    p.lower_right = 1;
+    p.page_table = static_cast<const int32_t*>(kept(table).const_data_ptr());
+    p.page_table_stride = table.size(1);
+    p.page_size = static_cast<int32_t>(page_size);
+    p.pages = static_cast<int32_t>(pages);
   }
 
   const int32_t* starts_of(const Tensor& starts, const char* name) {
@@ -147,13 +216,15 @@ class AttentionCall {
       void* const data = const_cast<void*>(padding->const_data_ptr());
       p.padding = {data, DType::kFloat32, padding->stride(0), 0, 0, padding->stride(1)};
     }
-    if (const auto& lengths = arguments.key_lengths) {
-      p.wide_lengths = lengths->scalar_type() == ScalarType::Long;
-      STD_TORCH_CHECK(p.wide_lengths || lengths->scalar_type() == ScalarType::Int,
-                      "key_lengths must be int32 or int64");
-      STD_TORCH_CHECK(lengths->dim() == 1 && lengths->size(0) == p.B, "key_lengths must be [B]");
-      p.key_lengths = kept(*lengths).const_data_ptr();
-    }
+    if (arguments.key_lengths) set_lengths(*arguments.key_lengths, "key_lengths", p);
+  }
+
+  void set_lengths(const Tensor& lengths, const char* name, AttentionFwdParams& p) {
+    p.wide_lengths = lengths.scalar_type() == ScalarType::Long;
+    STD_TORCH_CHECK(p.wide_lengths || lengths.scalar_type() == ScalarType::Int, name,
+                    " must be int32 or int64");
+    STD_TORCH_CHECK(lengths.dim() == 1 && lengths.size(0) == p.B, name, " must be [B]");
+    p.key_lengths = kept(lengths).const_data_ptr();
   }
 
   void set_biases(const AttentionArguments& arguments, AttentionFwdParams& p) {
@@ -170,11 +241,13 @@ class AttentionCall {
       p.relative_bias_dtype = dtype_of(*row, "relative_bias");
       p.relative_bias_stride_h = row->size(0) == 1 ? 0 : entries;
     }
-    if (const auto& sink = arguments.sink) {
-      STD_TORCH_CHECK(sink->dim() == 1 && sink->size(0) == p.H, "sink must be [H]");
-      p.sink = kept(*sink).const_data_ptr();
-      p.sink_dtype = dtype_of(*sink, "sink");
-    }
+  }
+
+  void set_sink(const std::optional<Tensor>& sink, AttentionFwdParams& p) {
+    if (!sink) return;
+    STD_TORCH_CHECK(sink->dim() == 1 && sink->size(0) == p.H, "sink must be [H]");
+    p.sink = kept(*sink).const_data_ptr();
+    p.sink_dtype = dtype_of(*sink, "sink");
   }
 
   static void set_dropout(const AttentionArguments& arguments, AttentionFwdParams& p) {

@@ -2,16 +2,36 @@
 // "FlashAttention-2", 2023).
 //   out = sum_j keep_ij e^(s_ij - max) v_j / (sum_j e^(s_ij - max) (1 - p))     lse = max + ln(sum)
 // A block's V is fetched while its scores are computed, and the next block's K while weights meet V.
+// Few queries have tiles of all heads of a group, so that K and V are read once for these, and may have
+// several thread blocks, each with its share of the keys (Dao et al., "Flash-Decoding", 2023).
 #pragma once
 
+#include "attention_combine.cuh"
 #include "attention_scores.cuh"
 #include "attention_tiles.cuh"
 
 namespace fastformer::cuda {
 
+// Where a key lies: which row of which page. Without a page table a batch element is a page.
+struct KeyPlace {
+  int page, row;
+};
+
+// The table is not read past the head's keys, and nothing past the pages, whatever it holds.
+__device__ __forceinline__ KeyPlace place_of_key(const AttentionFwdParams& p, const Head& head, int key) {
+  if (p.page_table == nullptr || key >= head.key_end) {
+    return {head.b, static_cast<int>(head.first_key) + key};
+  }
+  const uint32_t entry = static_cast<uint32_t>(key) / static_cast<uint32_t>(p.page_size);
+  const uint32_t number = p.page_table[head.b * p.page_table_stride + entry];
+  const uint32_t page = min(number, static_cast<uint32_t>(p.pages) - 1);
+  return {static_cast<int>(page), key - static_cast<int>(entry) * p.page_size};
+}
+
 template <DType kType, int kD, AttentionKind kKind>
 struct ForwardTile {
-  static constexpr bool kPlain = kKind != AttentionKind::kGeneral;
+  static constexpr bool kFew = kKind == AttentionKind::kFew;
+  static constexpr bool kPlain = kKind != AttentionKind::kGeneral && !kFew;
   static constexpr AttentionTile kTile = forward_tile(kD, kKind);
   static constexpr int kRowTiles = kTile.row_tiles, kTiles = kTile.block_n / 8;
   static constexpr int kBlockM = kTile.block_m(), kBlockN = kTile.block_n, kThreads = kTile.threads();
@@ -29,8 +49,9 @@ struct ForwardTile {
   const int warp_row = static_cast<int>(threadIdx.x) / kWarp * 16 * kRowTiles;
   const uint32_t shared;
   const uint32_t q_address, k_address, v_address;  // for ldmatrix
-  Copier keys, values;
-  RealKeys real, next_real;  // unless kPlain: of the block at hand, of the one whose K comes next
+  Copier keys, values;                             // unless kFew
+  KeyPlace places[kBlockN / kStep];  // if kFew: of the thread's keys in the block whose K or V comes next
+  RealKeys real, next_real;          // unless kPlain: of the block at hand, of the one whose K comes next
   uint64_t seed = 0;
   RowState<kRowTiles> state;
   float out[kRowTiles][kD / 8][4] = {};
@@ -41,7 +62,7 @@ struct ForwardTile {
         head(head),
         blocks(blocks),
         n0(blocks.begin),
-        left(min(blocks.end, head.key_end) - blocks.begin - Copier::first_row()),
+        left(head.key_end - blocks.begin - Copier::first_row()),
         shared(shared),
         q_address(units_then_rows<kD>(shared) + warp_row * Panel<kD>::kPitch),
         k_address(rows_then_units<kD>(shared + kPlaceOfK)),
@@ -50,6 +71,18 @@ struct ForwardTile {
         values(p.value, head.b, head.h_kv, head.first_key + blocks.begin, p.D_v) {
     if (!kPlain && p.threshold > 0) seed = *p.seed;
   }
+
+  // The warp's rows, as row_of takes them: found anew each time, which takes no registers in between.
+  __device__ __forceinline__ auto rows() const {
+    if constexpr (kFew) {
+      return LaneRows(head.m0 + warp_row, p.share);
+    } else {
+      return head.m0 + warp_row;
+    }
+  }
+
+  // Whether the warp has a query. Of few, most warps have none, and only copy.
+  __device__ __forceinline__ bool is_busy() const { return !kFew || head.m0 + warp_row < head.M * p.share; }
 
   template <int kRows, typename IsReal>
   __device__ __forceinline__ void copy(Copier& rows, int place, IsReal is_real) const {
@@ -61,26 +94,71 @@ struct ForwardTile {
     copies_commit();
   }
 
-  __device__ __forceinline__ void copy_queries() const {
-    Copier rows(p.query, head.b, head.h, head.first_query + head.m0, p.D);
-    const int left = head.M - head.m0 - Copier::first_row();
-    copy<kBlockM>(rows, 0, [&](int i) { return i * kStep < left; });
+  // Rows that lie anywhere. `known(i)` is where one begins as registers have it, `found(i)` the same found
+  // anew in a loop, which keeps the code of elements small.
+  template <int kRows, typename Known, typename Found, typename IsReal>
+  __device__ __forceinline__ void copy_scattered(int columns, int place, Known known, Found found,
+                                                 IsReal is_real) const {
+    if (p.aligned) {
+      Copier::template start_scattered<kRows>(shared + place, columns, known, is_real);
+    } else {
+      Copier::template copy_scattered_elements<kRows>(shared + place, columns, found, is_real);
+    }
+    copies_commit();
   }
 
-  // Keys of a block of which `left` are to be read, counted from the thread's first row.
-  __device__ __forceinline__ void copy_block(Copier& rows, int place, int left,
-                                             const RealKeys& of_block) const {
-    if constexpr (kPlain) {
-      copy<kBlockN>(rows, place, [&](int i) { return i * kStep < left; });
+  __device__ __forceinline__ void copy_queries() const {
+    if constexpr (kFew) {
+      const auto at = [&](int i) { return query_row(head.m0 + i * kStep + Copier::first_row(), p.share); };
+      const auto begin = [&](int i) {
+        return Copier::row_begin(p.query, head.b, head.h + at(i).g, head.first_query + at(i).i);
+      };
+      copy_scattered<kBlockM>(p.D, 0, begin, begin, [&](int i) { return at(i).i < head.M; });
     } else {
-      copy<kBlockN>(rows, place, [&](int i) { return of_block.has(i * kStep + Copier::first_row()); });
+      Copier rows(p.query, head.b, head.h, head.first_query + head.m0, p.D);
+      const int left = head.M - head.m0 - Copier::first_row();
+      copy<kBlockM>(rows, 0, [&](int i) { return i * kStep < left; });
+    }
+  }
+
+  // The block that begins `ahead` keys after the one at hand: `rows` of `from`.
+  __device__ __forceinline__ void copy_block(Copier& rows, const HeadRows& from, int columns, int place,
+                                             int ahead, const RealKeys& of_block) const {
+    if constexpr (kPlain) {
+      copy<kBlockN>(rows, place, [&](int i) { return i * kStep < left - ahead; });
+    } else {
+      const auto is_real = [&](int i) { return of_block.has(i * kStep + Copier::first_row()); };
+      if constexpr (kFew) {
+        const auto begin = [&](KeyPlace key) {
+          return Copier::row_begin(from, key.page, head.h_kv, key.row);
+        };
+        const auto known = [&](int i) { return begin(places[i]); };
+        const auto found = [&](int i) { return begin(place_of(n0 + ahead, i)); };
+        copy_scattered<kBlockN>(columns, place, known, found, is_real);
+      } else {
+        copy<kBlockN>(rows, place, is_real);
+      }
+    }
+  }
+
+  // Of the thread's i-th key in the block whose first is n.
+  __device__ __forceinline__ KeyPlace place_of(int n, int i) const {
+    return place_of_key(p, head, n + i * kStep + Copier::first_row());
+  }
+
+  // For the block whose first key is n, before its K is copied.
+  __device__ __forceinline__ void find_places(int n) {
+    if constexpr (kFew) {
+#pragma unroll
+      for (int i = 0; i < kBlockN / kStep; ++i) places[i] = place_of(n, i);
     }
   }
 
   __device__ __forceinline__ void start() {
     if constexpr (!kPlain) next_real.find(p, head, n0);
+    find_places(n0);
     copy_queries();
-    copy_block(keys, kPlaceOfK, left, next_real);
+    copy_block(keys, p.key, p.D, kPlaceOfK, 0, next_real);
   }
 
   // One block of keys: its K is on the way, or there.
@@ -89,19 +167,22 @@ struct ForwardTile {
     copies_wait<0>();
     __syncthreads();  // K is there, and everybody is done with the last block's V
     if constexpr (!kPlain) real = next_real;
-    copy_block(values, kPlaceOfV, left, real);
+    copy_block(values, p.value, p.D_v, kPlaceOfV, 0, real);
+    find_places(n0 + kBlockN);  // the table answers while scores are computed
     float scores[kRowTiles][kTiles][4];
-    multiply_keys<kType, kD, kBlockM>(q_address, k_address, scores);
+    const bool busy = is_busy();
+    if (busy) multiply_keys<kType, kD, kBlockM>(q_address, k_address, scores);
 
     copies_wait<0>();
     __syncthreads();  // V is there, and everybody is done with K
     if constexpr (!kPlain) next_real.find(p, head, n0 + kBlockN);
-    copy_block(keys, kPlaceOfK, left - kBlockN, next_real);
+    copy_block(keys, p.key, p.D, kPlaceOfK, kBlockN, next_real);
+    if (!busy) return;
 
     modify<kEdge>(scores);
     fold_scores<!kPlain>(p.factor, state, scores, out);
     if constexpr (!kPlain) {
-      if (p.threshold > 0) drop(p, head, seed, head.m0 + warp_row, n0, scores);
+      if (p.threshold > 0) drop(p, head, seed, rows(), n0, scores);
     }
     multiply_values<kType, kD>(v_address, scores, out);
   }
@@ -109,23 +190,22 @@ struct ForwardTile {
   // Bare products become logits, unless nothing but the scale lies between; what is hidden becomes -inf.
   template <bool kEdge>
   __device__ __forceinline__ void modify(float (&scores)[kRowTiles][kTiles][4]) const {
-    const int i0 = head.m0 + warp_row;
     if constexpr (kPlain) {
-      if constexpr (kEdge) hide_outside(p, head, i0, n0, scores);
+      if constexpr (kEdge) hide_outside(p, head, rows(), n0, scores);
     } else {
       if (p.logits) scale_and_cap(p, scores);
       if (p.bias_pairs) {
-        add_bias<true>(p, head, i0, n0, scores);
+        add_bias<true>(p, head, rows(), n0, scores);
       } else if (p.bias.data != nullptr) {
-        add_bias<false>(p, head, i0, n0, scores);
+        add_bias<false>(p, head, rows(), n0, scores);
       }
-      if (p.relative_bias != nullptr) add_relative_bias(p, head, i0, n0, scores);
-      if (n0 < blocks.full_begin || n0 >= blocks.full_end) hide_outside(p, head, i0, n0, scores);
+      if (p.relative_bias != nullptr) add_relative_bias(p, head, rows(), n0, scores);
+      if (n0 < blocks.full_begin || n0 >= blocks.full_end) hide_outside(p, head, rows(), n0, scores);
       if (p.padding.data != nullptr || p.key_mask.data != nullptr) hide_keys(real, scores);
       if (p.mask_pairs) {
-        hide_masked<true>(p, head, i0, n0, scores);
+        hide_masked<true>(p, head, rows(), n0, scores);
       } else if (p.mask.data != nullptr) {
-        hide_masked<false>(p, head, i0, n0, scores);
+        hide_masked<false>(p, head, rows(), n0, scores);
       }
     }
   }
@@ -152,21 +232,9 @@ struct ForwardTile {
     copies_wait<0>();
   }
 
-  // Writes the statistics of a row, and returns what its outputs are to be multiplied by.
-  __device__ __forceinline__ float finish_row(int m, int r) const {
-    RowResult row =
-        in_logits(state.max[m][r], state.sum[m][r], kPlain ? kLn2 : p.unit, kPlain ? kLn2Low : 0.0f);
-    float rescale = kPlain ? 1.0f : p.dropout_scale;
-    if (p.sink != nullptr) rescale *= add_sink(row, load_element(p.sink, p.sink_dtype, head.h));
-    const bool nothing = row.sum == 0.0f;
-    const int i = head.m0 + warp_row + 16 * m + 8 * r + lane_row();
-    if (lane_column() == 0 && i < head.M) {
-      const int64_t at = head.b * p.stats_stride_b + head.h * p.stats_stride_h + head.first_query + i;
-      p.row_max[at] = row.max;
-      p.row_sum[at] = row.sum;
-      p.lse[at] = nothing ? kMinusInfinity : row.max + logf(row.sum);
-    }
-    return nothing ? 0.0f : rescale / row.sum;
+  // A row's place in lse.
+  __device__ __forceinline__ int64_t place_in_statistics(const QueryRow& row) const {
+    return head.b * p.stats_stride_b + (head.h + row.g) * p.stats_stride_h + head.first_query + row.i;
   }
 
   // Writes out by way of Q's place, whose rows belong to the warp that reads them, in whole units.
@@ -178,7 +246,10 @@ struct ForwardTile {
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float rescale = finish_row(m, r);
+        const QueryRow query = row_of(rows(), m, r);
+        const bool writes = lane_column() == 0 && query.i < head.M;
+        const float rescale = finish_row<kPlain>(p, head.h + query.g, place_in_statistics(query), writes,
+                                                 state.max[m][r], state.sum[m][r]);
         const int row = 16 * m + 8 * r + lane_row();
 #pragma unroll
         for (int n = 0; n < kD / 8; ++n) {
@@ -196,10 +267,14 @@ struct ForwardTile {
   __device__ __forceinline__ void store_rows(uint32_t place) const {
     using P = Panel<kD>;
     const int thread = static_cast<int>(threadIdx.x) % kWarp;
-    const int unit = thread % P::kUnits, i0 = head.m0 + warp_row;
-    for (int row = thread / P::kUnits; row < 16 * kRowTiles && i0 + row < head.M; row += kWarp / P::kUnits) {
+    const int unit = thread % P::kUnits;
+    for (int row = thread / P::kUnits; row < 16 * kRowTiles; row += kWarp / P::kUnits) {
+      const int at = head.m0 + warp_row + row;
+      const QueryRow query = kFew ? query_row(at, p.share) : QueryRow{at, 0};
+      if (query.i >= head.M) break;
       uint16_t* const to = static_cast<uint16_t*>(p.out.data) + head.b * p.out.stride_b +
-                           head.h * p.out.stride_h + (head.first_query + i0 + row) * p.out.stride_row;
+                           (head.h + query.g) * p.out.stride_h +
+                           (head.first_query + query.i) * p.out.stride_row;
 #pragma unroll
       for (int panel = 0; panel < P::kCount; ++panel) {
         const int column = panel * P::kWidth + 8 * unit;
@@ -216,32 +291,68 @@ struct ForwardTile {
       }
     }
   }
+
+  // Writes what attention_combine_kernel joins. Four lanes fill a sector of a row.
+  __device__ __forceinline__ void finish_split(int split) {
+    add_lanes(state);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const QueryRow query = row_of(rows(), 0, r);
+      if (query.i >= head.M) continue;
+      const int64_t at = place_in_statistics(query) * p.splits + split;
+      if (lane_column() == 0) {
+        reinterpret_cast<float2*>(p.partial_stats)[at] = make_float2(state.max[0][r], state.sum[0][r]);
+      }
+      float* const to = p.partial_out + at * p.partial_stride + lane_column();
+#pragma unroll
+      for (int n = 0; n < kD / 8; ++n) {
+        if (8 * n >= p.partial_stride) continue;
+        *reinterpret_cast<float2*>(to + 8 * n) = make_float2(out[0][n][2 * r], out[0][n][2 * r + 1]);
+      }
+    }
+  }
 };
 
-// Blocks are (tile of queries, head, batch element), the tile fastest: blocks that run together share keys.
+// Blocks are (tile of queries, split of its keys, head or group of heads, batch element), the tile fastest:
+// blocks that run together share keys.
 template <DType kType, int kD, AttentionKind kKind>
 __global__ void __launch_bounds__(forward_tile(kD, kKind).threads(), forward_tile(kD, kKind).blocks)
     attention_fwd_kernel(const __grid_constant__ AttentionFwdParams p) {
   using Tile = ForwardTile<kType, kD, kKind>;
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
-  const int heads = static_cast<int>(blockIdx.x) / p.tiles;
+  int heads = static_cast<int>(blockIdx.x) / p.tiles;
   int tile = static_cast<int>(blockIdx.x) % p.tiles;
+  [[maybe_unused]] int split = 0;
+  int share = 1;
+  if constexpr (Tile::kFew) {
+    split = heads % p.splits;
+    heads /= p.splits;
+    share = p.share;
+  }
   // Where later rows see more they come first, so that no long one is left over at the end.
   if (p.right < p.M) tile = p.tiles - 1 - tile;
-  Head found = head_of(p, heads / p.H, heads % p.H, tile * Tile::kBlockM);
-  if (found.m0 >= found.M) return;
+  const int per_element = p.H / share;
+  Head found = head_of(p, heads / per_element, heads % per_element * share, tile * Tile::kBlockM);
+  if (found.m0 >= found.M * share) return;
+  const int first = found.m0 / share;
+  const int last = (min(found.m0 + Tile::kBlockM, found.M * share) - 1) / share;
+  if constexpr (Tile::kFew) take_split<Tile::kBlockN>(p, found, first, last, split);
   if constexpr (!Tile::kPlain) {
     if (p.padding.data != nullptr || p.key_mask.data != nullptr) find_real_range(p, found);
   }
   __shared__ Head head;
   __shared__ KeyBlocks blocks;
   if (threadIdx.x == 0) {
+    blocks = key_blocks<Tile::kBlockN>(p, found, first, last);
+    found.key_end = min(found.key_end, blocks.end);  // what is not folded is not read
     head = found;
-    blocks = key_blocks<Tile::kBlockN>(p, found, Tile::kBlockM);
   }
   __syncthreads();
   Tile work(p, head, blocks, shared_address(dynamic_shared));
   if (blocks.begin < blocks.end) work.fold_all();
+  if constexpr (Tile::kFew) {
+    if (p.splits > 1) return work.finish_split(split);
+  }
   work.finish();
 }
 

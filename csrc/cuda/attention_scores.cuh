@@ -11,14 +11,15 @@
 namespace fastformer::cuda {
 
 // One head of one batch element, or of one packed sequence, and the tile of its queries that a block takes.
+// Of several heads, the first.
 struct Head {
-  int m0;  // the tile's first query
+  int m0;  // the tile's first row
   int b, h, h_kv;
   uint32_t stream;                 // b H + h: dropout's counter
   int64_t first_query, first_key;  // rows before the packed sequence's own
   int M, N;                        // this sequence's
   int offset;                      // key i + offset is on query i's diagonal
-  int key_begin, key_end;          // every key outside is hidden from all queries
+  int key_begin, key_end;          // every key outside is hidden from all queries, or left to other blocks
 };
 
 __device__ __forceinline__ Head head_of(const AttentionFwdParams& p, int b, int h, int m0) {
@@ -35,9 +36,41 @@ __device__ __forceinline__ Head head_of(const AttentionFwdParams& p, int b, int 
                                           : static_cast<const int32_t*>(p.key_lengths)[b];
     head.key_end = static_cast<int>(length < 0 ? 0 : length < head.N ? length : head.N);
   }
+  if (p.page_table != nullptr) head.N = head.key_end;
   if (p.lower_right) head.offset = head.N - head.M;
   return head;
 }
+
+// A row of a tile: query i of the head that comes g after the tile's.
+struct QueryRow {
+  int i, g;
+};
+
+// Row `row` where the queries of `share` neighbouring heads lie in one tile, those of one position together.
+__device__ __forceinline__ QueryRow query_row(int row, int share) {
+  const int i = static_cast<int>(static_cast<uint32_t>(row) / static_cast<uint32_t>(share));
+  return {i, row - i * share};
+}
+
+// The position of a lane's first row and column in a warp's accumulators.
+__device__ __forceinline__ int lane_row() { return static_cast<int>(threadIdx.x) % kWarp / 4; }
+__device__ __forceinline__ int lane_column() { return static_cast<int>(threadIdx.x) % 4 * 2; }
+
+// The two rows of a lane in a row tile of a warp, where they are not simply one below the other.
+struct LaneRows {
+  QueryRow of[2];
+
+  __device__ __forceinline__ LaneRows(int warp_row, int share)
+      : of{query_row(warp_row + lane_row(), share), query_row(warp_row + 8 + lane_row(), share)} {}
+};
+
+// A lane's row r of row tile m. What the functions below take as a warp's rows is either its first query, or
+// LaneRows.
+__device__ __forceinline__ QueryRow row_of(int first_query, int m, int r) {
+  return {first_query + 16 * m + 8 * r + lane_row(), 0};
+}
+
+__device__ __forceinline__ QueryRow row_of(const LaneRows& rows, int, int r) { return rows.of[r]; }
 
 // The keys of row i lie in [begin, end).
 struct KeyRange {
@@ -54,16 +87,29 @@ struct KeyBlocks {
   int begin, full_begin, full_end, end;
 };
 
+// Of a tile with queries `first` to `last`.
 template <int kBlock>
-__device__ __forceinline__ KeyBlocks key_blocks(const AttentionFwdParams& p, const Head& head, int rows) {
-  const KeyRange of_first = keys_of_row(p, head, head.m0);
-  const KeyRange of_last = keys_of_row(p, head, min(head.m0 + rows, head.M) - 1);
+__device__ __forceinline__ KeyBlocks key_blocks(const AttentionFwdParams& p, const Head& head, int first,
+                                                int last) {
+  const KeyRange of_first = keys_of_row(p, head, first);
+  const KeyRange of_last = keys_of_row(p, head, last);
   KeyBlocks blocks;
   blocks.begin = of_first.begin / kBlock * kBlock;
   blocks.end = max((max(of_last.end, 0) + kBlock - 1) / kBlock * kBlock, blocks.begin);
   blocks.full_begin = min((of_last.begin + kBlock - 1) / kBlock * kBlock, blocks.end);
   blocks.full_end = max(max(of_first.end, 0) / kBlock * kBlock, blocks.full_begin);
   return blocks;
+}
+
+// Leaves `head` the keys of one of p.splits blocks of threads: whole blocks of those that a tile's queries
+// see, as evenly as they can be divided.
+template <int kBlock>
+__device__ __forceinline__ void take_split(const AttentionFwdParams& p, Head& head, int first, int last,
+                                           int split) {
+  const KeyBlocks seen = key_blocks<kBlock>(p, head, first, last);
+  const int count = (seen.end - seen.begin) / kBlock;
+  head.key_begin = max(head.key_begin, seen.begin + count * split / p.splits * kBlock);
+  head.key_end = min(head.key_end, seen.begin + count * (split + 1) / p.splits * kBlock);
 }
 
 __device__ __forceinline__ const uint8_t* score_row(const ScoreMatrix& matrix, const Head& head) {
@@ -82,7 +128,8 @@ __device__ __forceinline__ bool is_real(const AttentionFwdParams& p, const Head&
 __device__ __forceinline__ void find_real_range(const AttentionFwdParams& p, Head& head) {
   __shared__ int begins[kMaxWarps], ends[kMaxWarps];
   int begin = head.key_end, end = 0;
-  for (int j = static_cast<int>(threadIdx.x); j < head.key_end; j += static_cast<int>(blockDim.x)) {
+  for (int j = head.key_begin + static_cast<int>(threadIdx.x); j < head.key_end;
+       j += static_cast<int>(blockDim.x)) {
     if (!is_real(p, head, j)) continue;
     begin = min(begin, j);
     end = j + 1;
@@ -114,20 +161,16 @@ struct RealKeys {
   }
 };
 
-// The position of a lane's first row and column in a warp's accumulators.
-__device__ __forceinline__ int lane_row() { return static_cast<int>(threadIdx.x) % kWarp / 4; }
-__device__ __forceinline__ int lane_column() { return static_cast<int>(threadIdx.x) % 4 * 2; }
-
-// -inf where the window, the lengths or the sequence's end hide a key. `i0` is the warp's first query, `n0`
-// the tile's first key.
-template <int kRowTiles, int kTiles>
-__device__ __forceinline__ void hide_outside(const AttentionFwdParams& p, const Head& head, int i0, int n0,
+// -inf where the window, the lengths or the sequence's end hide a key. `rows` are the warp's (see row_of),
+// `n0` is the first key of the tile.
+template <typename Rows, int kRowTiles, int kTiles>
+__device__ __forceinline__ void hide_outside(const AttentionFwdParams& p, const Head& head, Rows rows, int n0,
                                              float (&scores)[kRowTiles][kTiles][4]) {
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const KeyRange keys = keys_of_row(p, head, i0 + 16 * m + 8 * r + lane_row());
+      const KeyRange keys = keys_of_row(p, head, row_of(rows, m, r).i);
       const int first = n0 + lane_column();
       const int begin = keys.begin - first, end = keys.end - first;
 #pragma unroll
@@ -164,15 +207,16 @@ __device__ __forceinline__ void hide_keys(const RealKeys& real, float (&scores)[
 }
 
 // -inf where the mask hides a key from the query. kPairs: a lane's two columns are read as one word.
-template <bool kPairs, int kRowTiles, int kTiles>
-__device__ __forceinline__ void hide_masked(const AttentionFwdParams& p, const Head& head, int i0, int n0,
+template <bool kPairs, typename Rows, int kRowTiles, int kTiles>
+__device__ __forceinline__ void hide_masked(const AttentionFwdParams& p, const Head& head, Rows rows, int n0,
                                             float (&scores)[kRowTiles][kTiles][4]) {
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int i = i0 + 16 * m + 8 * r + lane_row();
-      const uint8_t* const row = score_row(p.mask, head) + i * p.mask.stride_m;
+      const QueryRow at = row_of(rows, m, r);
+      const int i = at.i;
+      const uint8_t* const row = score_row(p.mask, head) + at.g * p.mask.stride_h + i * p.mask.stride_m;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         const int j = n0 + 8 * n + lane_column();
@@ -230,8 +274,8 @@ __device__ __forceinline__ float2 load_pair(const char* row, DType dtype, int co
 }
 
 // kPairs: as hide_masked.
-template <bool kPairs, int kRowTiles, int kTiles>
-__device__ __forceinline__ void add_bias(const AttentionFwdParams& p, const Head& head, int i0, int n0,
+template <bool kPairs, typename Rows, int kRowTiles, int kTiles>
+__device__ __forceinline__ void add_bias(const AttentionFwdParams& p, const Head& head, Rows rows, int n0,
                                          float (&scores)[kRowTiles][kTiles][4]) {
   const int size = p.bias.dtype == DType::kFloat32 ? 4 : 2;
   const char* const matrix =
@@ -240,8 +284,9 @@ __device__ __forceinline__ void add_bias(const AttentionFwdParams& p, const Head
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int i = i0 + 16 * m + 8 * r + lane_row();
-      const char* const row = matrix + size * (i * p.bias.stride_m);
+      const QueryRow at = row_of(rows, m, r);
+      const int i = at.i;
+      const char* const row = matrix + size * (at.g * p.bias.stride_h + i * p.bias.stride_m);
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         const int j = n0 + 8 * n + lane_column();
@@ -263,17 +308,19 @@ __device__ __forceinline__ void add_bias(const AttentionFwdParams& p, const Head
   }
 }
 
-template <int kRowTiles, int kTiles>
-__device__ __forceinline__ void add_relative_bias(const AttentionFwdParams& p, const Head& head, int i0,
+template <typename Rows, int kRowTiles, int kTiles>
+__device__ __forceinline__ void add_relative_bias(const AttentionFwdParams& p, const Head& head, Rows rows,
                                                   int n0, float (&scores)[kRowTiles][kTiles][4]) {
   const int size = p.relative_bias_dtype == DType::kFloat32 ? 4 : 2;
-  const char* const row =
+  const char* const entries =
       static_cast<const char*>(p.relative_bias) + size * (head.h * p.relative_bias_stride_h);
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int i = i0 + 16 * m + 8 * r + lane_row();
+      const QueryRow at = row_of(rows, m, r);
+      const int i = at.i;
+      const char* const row = entries + size * (at.g * p.relative_bias_stride_h);
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -289,18 +336,19 @@ __device__ __forceinline__ void add_relative_bias(const AttentionFwdParams& p, c
 
 // 0 for the weights that dropout drops. A lane's eight weights of a row in 32 columns are the halves of one
 // call's words: column 32 J + 8 w + 2 t + e is half e of word w of counter (4 J + t, i, stream, 0).
-template <int kRowTiles, int kTiles>
-__device__ __forceinline__ void drop(const AttentionFwdParams& p, const Head& head, uint64_t seed, int i0,
+template <typename Rows, int kRowTiles, int kTiles>
+__device__ __forceinline__ void drop(const AttentionFwdParams& p, const Head& head, uint64_t seed, Rows rows,
                                      int n0, float (&weights)[kRowTiles][kTiles][4]) {
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint32_t i = i0 + 16 * m + 8 * r + lane_row();
+      const QueryRow at = row_of(rows, m, r);
+      const uint32_t i = at.i;
 #pragma unroll
       for (int four = 0; four < kTiles; four += 4) {
         const uint32_t call = (n0 + 8 * four) / 8 + lane_column() / 2;
-        const PhiloxWords decisions = philox4x32_7(seed, call, i, head.stream, 0);
+        const PhiloxWords decisions = philox4x32_7(seed, call, i, head.stream + at.g, 0);
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
           float (&tile)[4] = weights[m][four + w];

@@ -62,12 +62,18 @@ struct RowCopier {
 
   __device__ __forceinline__ RowCopier(const HeadRows& rows, int64_t b, int64_t h, int64_t row, int columns)
       : stride(rows.stride_row), width(columns - 8 * unit()) {
-    from = static_cast<const uint16_t*>(rows.data) + b * rows.stride_b + h * rows.stride_h +
-           (row + first_row()) * stride + 8 * unit();
+    from = row_begin(rows, b, h, row + first_row());
   }
 
   static __device__ __forceinline__ int unit() { return static_cast<int>(threadIdx.x) % P::kUnits; }
   static __device__ __forceinline__ int first_row() { return static_cast<int>(threadIdx.x) / P::kUnits; }
+
+  // The thread's unit of a row.
+  static __device__ __forceinline__ const uint16_t* row_begin(const HeadRows& rows, int64_t b, int64_t h,
+                                                              int64_t row) {
+    return static_cast<const uint16_t*>(rows.data) + b * rows.stride_b + h * rows.stride_h +
+           row * rows.stride_row + 8 * unit();
+  }
 
   // Starts copies of a tile of kRows rows. `is_real(i)` tells of row first_row() + i kStep; zeros where it is
   // not, and past the tensor's columns.
@@ -77,12 +83,7 @@ struct RowCopier {
     const uint32_t place = shared + place_in_panel<kD>(first_row(), unit());
 #pragma unroll
     for (int i = 0; i < kRows / kStep; ++i) {
-      const bool real = is_real(i);
-#pragma unroll
-      for (int panel = 0; panel < P::kCount; ++panel) {
-        copy_async(place + i * kStep * P::kPitch + panel * kRows * P::kPitch, from + panel * P::kWidth,
-                   real && (kWhole || panel * P::kWidth < width));
-      }
+      start_row<kRows>(place + i * kStep * P::kPitch, from, is_real(i), width);
       // One addition after the other: all at once they would take registers.
       from = forgotten(from + kStep * stride);
     }
@@ -94,20 +95,60 @@ struct RowCopier {
     const uint32_t place = shared + place_in_panel<kD>(first_row(), unit());
 #pragma unroll 1
     for (int i = 0; i < kRows / kStep; ++i, from += kStep * stride) {
-      const bool real = is_real(i);
-#pragma unroll 1
-      for (int panel = 0; panel < P::kCount; ++panel) {
-        uint32_t words[4];
+      copy_row_elements<kRows>(place + i * kStep * P::kPitch, from, is_real(i), width);
+    }
+  }
+
+  // As `start`, of rows that lie anywhere: `begin(i)` is where row first_row() + i kStep begins for this
+  // thread. Of `columns` columns.
+  template <int kRows, typename Begin, typename IsReal>
+  static __device__ __forceinline__ void start_scattered(uint32_t shared, int columns, Begin begin,
+                                                         IsReal is_real) {
+    static_assert(kRows % kStep == 0 && kStep % 8 == 0);
+    const uint32_t place = shared + place_in_panel<kD>(first_row(), unit());
 #pragma unroll
-        for (int e = 0; e < 8; e += 2) {
-          const int column = panel * P::kWidth + e;
-          const uint32_t low = real && column < width ? from[column] : 0;
-          const uint32_t high = real && column + 1 < width ? from[column + 1] : 0;
-          words[e / 2] = low | high << 16;
-        }
-        store_shared(place + i * kStep * P::kPitch + panel * kRows * P::kPitch,
-                     make_uint4(words[0], words[1], words[2], words[3]));
+    for (int i = 0; i < kRows / kStep; ++i) {
+      start_row<kRows>(place + i * kStep * P::kPitch, begin(i), is_real(i), columns - 8 * unit());
+    }
+  }
+
+  // As `copy_elements`, of such rows.
+  template <int kRows, typename Begin, typename IsReal>
+  static __device__ __forceinline__ void copy_scattered_elements(uint32_t shared, int columns, Begin begin,
+                                                                 IsReal is_real) {
+    const uint32_t place = shared + place_in_panel<kD>(first_row(), unit());
+#pragma unroll 1
+    for (int i = 0; i < kRows / kStep; ++i) {
+      copy_row_elements<kRows>(place + i * kStep * P::kPitch, begin(i), is_real(i), columns - 8 * unit());
+    }
+  }
+
+ private:
+  // One row of a tile of kRows; `place` is where its unit in the first panel lies.
+  template <int kRows>
+  static __device__ __forceinline__ void start_row(uint32_t place, const uint16_t* row, bool real,
+                                                   int width) {
+#pragma unroll
+    for (int panel = 0; panel < P::kCount; ++panel) {
+      copy_async(place + panel * kRows * P::kPitch, row + panel * P::kWidth,
+                 real && (kWhole || panel * P::kWidth < width));
+    }
+  }
+
+  template <int kRows>
+  static __device__ __forceinline__ void copy_row_elements(uint32_t place, const uint16_t* row, bool real,
+                                                           int width) {
+#pragma unroll 1
+    for (int panel = 0; panel < P::kCount; ++panel) {
+      uint32_t words[4];
+#pragma unroll
+      for (int e = 0; e < 8; e += 2) {
+        const int column = panel * P::kWidth + e;
+        const uint32_t low = real && column < width ? row[column] : 0;
+        const uint32_t high = real && column + 1 < width ? row[column + 1] : 0;
+        words[e / 2] = low | high << 16;
       }
+      store_shared(place + panel * kRows * P::kPitch, make_uint4(words[0], words[1], words[2], words[3]));
     }
   }
 };

@@ -12,6 +12,7 @@
 namespace fastformer::cuda {
 
 using torch::stable::Tensor;
+using TwoTensors = std::tuple<Tensor, Tensor>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -27,6 +28,12 @@ FourTensors norm_bwd(const Tensor& grad_out, const std::optional<Tensor>& grad_s
 
 // out, lse, row_max, row_sum
 FourTensors attention_fwd(FASTFORMER_ATTENTION_PARAMETERS);
+
+// out, lse
+TwoTensors paged_attention_fwd(const Tensor& query, const Tensor& key_pages, const Tensor& value_pages,
+                               const Tensor& page_table, const Tensor& lengths,
+                               const std::optional<Tensor>& sink, double scale, std::optional<int64_t> left,
+                               std::optional<int64_t> right, std::optional<double> softcap);
 
 // Gradients of query, key, value, bias, relative_bias and sink; empty where they are not needed.
 SixTensors attention_bwd(const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_lse,

@@ -20,6 +20,10 @@ AttentionKernel kernel_of(AttentionKind kind) {
       return attention_fwd_kernel<kType, kD, AttentionKind::kPadded>;
     case AttentionKind::kGeneral:
       return attention_fwd_kernel<kType, kD, AttentionKind::kGeneral>;
+    case AttentionKind::kFew:
+      if constexpr (is_chosen(kD, AttentionKind::kFew, 8)) {
+        return attention_fwd_kernel<kType, kD, AttentionKind::kFew>;
+      }
   }
   return nullptr;
 }
@@ -51,7 +55,7 @@ AttentionKernel kernel_of(DType dtype, const AttentionPlan& plan) {
 
 // Lets a kernel have its shared memory on the current device: once, since the driver remembers.
 cudaError_t allow_shared(AttentionKernel kernel, DType dtype, const AttentionPlan& plan) {
-  constexpr int kDevices = 64, kKinds = 3, kMostUnits = 256 / 32;
+  constexpr int kDevices = 64, kKinds = 4, kMostUnits = 256 / 32;
   static std::atomic<bool> allowed[kDevices][2][kMostUnits][kKinds];
   int device = 0;
   const cudaError_t error = cudaGetDevice(&device);
@@ -68,12 +72,18 @@ cudaError_t allow_shared(AttentionKernel kernel, DType dtype, const AttentionPla
   return failed;
 }
 
-cudaError_t launch(const AttentionPlan& plan, const AttentionFwdParams& params, cudaStream_t stream) {
+cudaError_t launch_fwd(const AttentionPlan& plan, const AttentionFwdParams& params, cudaStream_t stream) {
   if (plan.grid == 0) return cudaSuccess;
   const AttentionKernel kernel = kernel_of(params.dtype, plan);
   const cudaError_t error = allow_shared(kernel, params.dtype, plan);
   if (error != cudaSuccess) return error;
   kernel<<<plan.grid, plan.threads, plan.shared_bytes, stream>>>(params);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_combine(const AttentionPlan& plan, const AttentionFwdParams& params, cudaStream_t stream) {
+  if (plan.combine_grid == 0) return cudaSuccess;
+  attention_combine_kernel<kCombineThreads><<<plan.combine_grid, kCombineThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 
@@ -84,6 +94,34 @@ cudaError_t launch(const AttentionPlan& plan, const AttentionFwdParams& params, 
 #include "launch.h"
 
 namespace fastformer::cuda {
+
+namespace {
+
+float* floats_of(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+// Plans and launches a call whose results have their places, `lse` among them.
+void run(AttentionFwdParams& p, const OnDevice& device, const Tensor& lse) {
+  p.rows = lse.numel();
+  const AttentionPlan plan = plan_attention_fwd(p, {device.major(), device.multiprocessors()});
+  const int64_t most = int64_t{1} << 31;
+  STD_TORCH_CHECK(p.rows < most && int64_t{p.tiles} * (p.H / p.share) * p.B * p.splits < most,
+                  "attention of 2**31 queries of all heads, or tiles of them, is not served by cuda");
+  std::optional<Tensor> workspace;
+  if (p.splits > 1) {
+    const int64_t floats = plan.partial_rows * (p.partial_stride + 2);
+    workspace = empty_on(lse, IntHeaderOnlyArrayRef(&floats, 1), ScalarType::Float);
+    p.partial_out = floats_of(*workspace);
+    p.partial_stats = p.partial_out + plan.partial_rows * p.partial_stride;
+  }
+  cudaError_t error = launch_fwd(plan, p, device.stream());
+  STD_TORCH_CHECK(error == cudaSuccess, "attention_fwd_kernel (", name_of(plan.kind), ", D up to ",
+                  plan.block_d, ") was not launched: ", cudaGetErrorString(error));
+  error = launch_combine(plan, p, device.stream());
+  STD_TORCH_CHECK(error == cudaSuccess,
+                  "attention_combine_kernel was not launched: ", cudaGetErrorString(error));
+}
+
+}  // namespace
 
 FourTensors attention_fwd(FASTFORMER_ATTENTION_PARAMETERS) {
   AttentionFwdParams p{};
@@ -101,18 +139,36 @@ FourTensors attention_fwd(FASTFORMER_ATTENTION_PARAMETERS) {
   if (lse.numel() == 0) return {out, lse, row_max, row_sum};
 
   p.out = AttentionCall::head_rows(out);
-  p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  p.row_max = static_cast<float*>(row_max.mutable_data_ptr());
-  p.row_sum = static_cast<float*>(row_sum.mutable_data_ptr());
+  p.lse = floats_of(lse);
+  p.row_max = floats_of(row_max);
+  p.row_sum = floats_of(row_sum);
   p.stats_stride_b = call.packed() ? 0 : lse.stride(0);
   p.stats_stride_h = lse.stride(call.packed() ? 0 : 1);
-  const AttentionPlan plan = plan_attention_fwd(p, device.major());
-  STD_TORCH_CHECK(int64_t{p.tiles} * p.H * p.B < int64_t{1} << 31,
-                  "attention of 2**31 tiles of queries or more is not served by cuda");
-  const cudaError_t error = launch(plan, p, device.stream());
-  STD_TORCH_CHECK(error == cudaSuccess, "attention_fwd_kernel (", name_of(plan.kind), ", D up to ",
-                  plan.block_d, ") was not launched: ", cudaGetErrorString(error));
+  run(p, device, lse);
   return {out, lse, row_max, row_sum};
+}
+
+TwoTensors paged_attention_fwd(const Tensor& query, const Tensor& key_pages, const Tensor& value_pages,
+                               const Tensor& page_table, const Tensor& lengths,
+                               const std::optional<Tensor>& sink, double scale, std::optional<int64_t> left,
+                               std::optional<int64_t> right, std::optional<double> softcap) {
+  AttentionFwdParams p{};
+  const OnDevice device(query);
+  const PagedArguments arguments{query, key_pages, value_pages, page_table, lengths,
+                                 sink,  scale,     left,        right,      softcap};
+  const AttentionCall call(arguments, p);
+  const int64_t sizes[] = {p.B, p.H, p.M, p.D_v};
+  Tensor out = empty_on(query, IntHeaderOnlyArrayRef(sizes, 4), scalar_type_of(p.dtype));
+  const IntHeaderOnlyArrayRef rows(sizes, 3);
+  Tensor lse = empty_on(query, rows, ScalarType::Float);
+  if (lse.numel() == 0) return {out, lse};
+
+  p.out = AttentionCall::head_rows(out);
+  p.lse = floats_of(lse);
+  p.stats_stride_b = lse.stride(0);
+  p.stats_stride_h = lse.stride(1);
+  run(p, device, lse);
+  return {out, lse};
 }
 
 }  // namespace fastformer::cuda

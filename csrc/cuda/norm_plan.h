@@ -122,8 +122,6 @@ struct NormPlan {
   uint32_t block_x, block_y;  // block_x threads share a row, block_y rows share a block
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline int unit_of(DType dtype) { return dtype == DType::kFloat32 ? kNarrowUnit : kWideUnit; }
 
 // Whether every unit of `unit` columns lies within rows that start on its own size.

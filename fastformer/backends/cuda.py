@@ -18,6 +18,7 @@ _SERVED = (
     "norm_bwd",
     "attention_fwd",
     "attention_bwd",
+    "paged_attention_fwd",
     "feed_forward_fwd",
     "feed_forward_bwd",
 )
@@ -32,8 +33,6 @@ _FEW_ROWS = 128
 _MAX_HEAD_DIM = 256
 # Queries and keys together, so that sums of positions stay 32-bit.
 _MAX_POSITIONS = 2**29
-# A tile has 128 queries, of which so few would leave most rows empty, and one block walks all of their keys.
-_FEW_QUERIES, _MANY_KEYS = 16, 512
 # Of chips whose blocks may have 99 KB of shared memory, and what attention's gradients then go up to.
 _LITTLE_SHARED = ((8, 6), (8, 9), (12, 0), (12, 1))
 _MAX_SMALL_HEAD_DIM = 128
@@ -128,9 +127,14 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
     if refusal is not None:
         return refusal
     if op == "attention_fwd":
-        return _attention_refusal(spec, tensors) or _few_queries(spec, tensors)
+        return _attention_refusal(spec, tensors)
     if op == "attention_bwd":
         return _attention_refusal(spec, tensors) or _gradient_refusal(spec, tensors)
+    if op == "paged_attention_fwd":
+        query, key_pages, value_pages, page_table = tensors[:4]
+        assert query is not None and key_pages is not None
+        assert value_pages is not None and page_table is not None
+        return _rows_refusal(query, value_pages, query.shape[2], page_table.shape[1] * key_pages.shape[1])
     if op.startswith("feed_forward"):
         return _feed_forward_refusal(tensors)
     return _norm_refusal(first)
@@ -158,14 +162,17 @@ def _feed_forward_refusal(tensors: tuple[Tensor | None, ...]) -> str | None:
 def _attention_refusal(spec: AttentionSpec, tensors: tuple[Tensor | None, ...]) -> str | None:
     query, key, value = tensors[:3]
     assert query is not None and key is not None and value is not None
-    if query.dtype == torch.float32:
-        return "its attention multiplies bfloat16 and float16, not float32"
     if spec.return_weights is not None:
         return "its attention returns no weights yet"
+    return _rows_refusal(query, value, *_lengths(spec, query, key))
+
+
+def _rows_refusal(query: Tensor, value: Tensor, M: int, N: int) -> str | None:
+    if query.dtype == torch.float32:
+        return "its attention multiplies bfloat16 and float16, not float32"
     for name, width in (("query", query.shape[-1]), ("value", value.shape[-1])):
         if not 1 <= width <= _MAX_HEAD_DIM:
             return f"its attention takes head dims of 1 to {_MAX_HEAD_DIM}, and {name}'s is {width}"
-    M, N = _lengths(spec, query, key)
     if M + N >= _MAX_POSITIONS or math.prod(query.shape[:-1]) > _MAX_ROWS:
         return (
             f"its attention takes {_MAX_POSITIONS} queries and keys of a head, and {_MAX_ROWS} rows, at most"
@@ -178,15 +185,6 @@ def _lengths(spec: AttentionSpec, query: Tensor, key: Tensor) -> tuple[int, int]
     M, N = (spec.max_seqlen_q, spec.max_seqlen_k) if packed else (query.shape[2], key.shape[2])
     assert M is not None and N is not None
     return M, N
-
-
-def _few_queries(spec: AttentionSpec, tensors: tuple[Tensor | None, ...]) -> str | None:
-    query, key = tensors[:2]
-    assert query is not None and key is not None
-    M, N = _lengths(spec, query, key)
-    if M <= _FEW_QUERIES and N >= _MANY_KEYS:
-        return f"its attention does not divide the keys of few queries, here {N} of {M}, among blocks yet"
-    return None
 
 
 def _gradient_refusal(spec: AttentionSpec, tensors: tuple[Tensor | None, ...]) -> str | None:
@@ -217,10 +215,10 @@ def _wants_gradient(tensor: Tensor | None) -> bool:
 def gives_way(op: str, tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether "auto" should prefer Triton's kernel, where that serves the call: these take their operands
     from registers, which is half the rate of tensor cores that take tiles from shared memory; and tiles of
-    feed_forward are made for many rows."""
+    feed_forward are made for many rows. Triton has no kernel for pages."""
     first = tensors[0]
     assert first is not None
-    if op.startswith("norm"):
+    if op.startswith(("norm", "paged")):
         return False
     few_rows = op.startswith("feed_forward") and math.prod(first.shape[:-1]) < _FEW_ROWS
     return few_rows or _is_fed_from_shared(first.device)

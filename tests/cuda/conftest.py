@@ -38,7 +38,7 @@ def emulator(serve):
 @pytest.fixture
 def attention_emulator(serve):
     """Of attention's forward, of which the cuda backend asks for 16-bit types."""
-    return serve(AttentionEmulator(), "attention_fwd")
+    return serve(AttentionEmulator(), "attention_fwd", "paged_attention_fwd")
 
 
 @pytest.fixture

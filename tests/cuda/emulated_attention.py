@@ -19,6 +19,9 @@ AttentionFwdParams = structure("cuda/attention_plan.h", "AttentionFwdParams")
 AttentionTile = structure("cuda/attention_plan.h", "AttentionTile")
 AttentionPlan = structure("cuda/attention_plan.h", "AttentionPlan")
 
+WHOLE, PADDED, GENERAL, FEW = range(4)
+_FOLDERS = f"-I{CSRC}", f"-I{CSRC / 'cuda'}"
+
 
 def kernel_name(dtype, plan):
     """A part of the mangled name."""
@@ -30,9 +33,14 @@ def kernel_name(dtype, plan):
 def kernel(dtype, plan, arch):
     """The instantiation of a plan, by itself, for ptxvm."""
     flags = (f"-DTYPE={DTYPES[dtype]}", f"-DWIDTH={plan.block_d}", f"-DKIND={plan.kind}")
-    folders = (f"-I{CSRC}", f"-I{CSRC / 'cuda'}")
-    module = nvcc.compile_module(HERE / "instances" / "attention_fwd.cu", arch, *folders, *flags)
+    module = nvcc.compile_module(HERE / "instances" / "attention_fwd.cu", arch, *_FOLDERS, *flags)
     return module.kernel(kernel_name(dtype, plan))
+
+
+def combine_kernel(arch):
+    """What joins the splits of every call."""
+    module = nvcc.compile_module(HERE / "instances" / "attention_combine.cu", arch, *_FOLDERS)
+    return module.kernel("attention_combine_kernel")
 
 
 def contiguous_rows(tensor):
@@ -46,9 +54,12 @@ def strides_of(tensor):
 
 @dataclass
 class AttentionEmulator:
-    """Runs the raw operator. `launched` gathers (kernel, counters) of everything that ran."""
+    """Runs the raw operators. `launched` gathers (kernel, counters) of everything that ran."""
 
     arch: str = "80"
+    multiprocessors: int = 4
+    few_queries: int = -1  # how many of a head go to their own kernel; -1: as the plan says
+    splits: int | None = None  # of the keys of few queries; None: as the plan chooses
     checks: ptxvm.Checks | None = None
     launched: list = field(default_factory=list)
     params: AttentionFwdParams = None
@@ -80,10 +91,12 @@ class AttentionEmulator:
         if padding is not None:
             self._set_scores("padding", padding, (padding.stride(0), 0, 0, padding.stride(1)))
         self._set_scores("bias", bias, bias is not None and strides_of(bias))
+        self._set_lengths(lengths)
+
+    def _set_lengths(self, lengths):
         if lengths is not None:
-            lengths = lengths.contiguous()
+            self._set_pointer("key_lengths", lengths.contiguous())
             self.params.wide_lengths = lengths.dtype == torch.int64
-        self._set_pointer("key_lengths", lengths)
 
     def _set_vectors(self, relative_bias, sink):
         p = self.params
@@ -112,12 +125,51 @@ class AttentionEmulator:
         self._launch(query.dtype)
         return results
 
+    def paged_attention_fwd(
+        self, query, key_pages, value_pages, page_table, lengths, sink, scale, left, right, softcap
+    ):
+        p = self.params = AttentionFwdParams()
+        self.tensors = {}
+        out = poisoned((*query.shape[:-1], value_pages.shape[-1]), query.dtype)
+        lse = poisoned(query.shape[:-1], torch.float32)
+        if lse.numel() == 0:
+            return out, lse
+        p.pages, p.page_size, H_kv, _ = key_pages.shape
+        self._set_sizes(query, value_pages, H_kv, query.shape[0], query.shape[2])
+        self._set_keys(page_table.shape[1] * p.page_size, left, right, True)
+        self._set_rows("query", contiguous_rows(query))
+        for name, pages in {"key": key_pages, "value": value_pages}.items():
+            self._set_rows(name, contiguous_rows(pages).transpose(1, 2))
+        page_table = page_table.contiguous()
+        self._set_pointer("page_table", page_table)
+        p.page_table_stride = page_table.shape[1]
+        self._set_lengths(lengths)
+        self._set_vectors(None, sink)
+        p.scale, p.softcap, p.dropout_scale = scale, softcap or 0.0, 1.0
+        self._set_results(False, out, lse, None, None)
+        self._launch(query.dtype)
+        return out, lse
+
     def _set_results(self, packed, out, lse, row_max, row_sum):
         self._set_rows("out", contiguous_rows(out))
         for name, tensor in {"lse": lse, "row_max": row_max, "row_sum": row_sum}.items():
             self._set_pointer(name, tensor)
-        strides = (0, row_max.stride(0)) if packed else row_max.stride()[:2]
+        strides = (0, lse.stride(0)) if packed else lse.stride()[:2]
         self.params.stats_stride_b, self.params.stats_stride_h = strides
+        self.params.rows = lse.numel()
+
+    def _set_sizes(self, query, value, H_kv, B, M):
+        p = self.params
+        p.B, p.H, p.M, p.D, p.D_v = B, query.shape[1], M, query.shape[-1], value.shape[-1]
+        p.group = p.H // max(H_kv, 1)
+        p.dtype = DTYPES[query.dtype]
+
+    def _set_keys(self, N, left, right, lower_right):
+        p = self.params
+        p.N = N
+        open_side = p.M + p.N
+        p.left, p.right = (open_side if side is None else min(side, open_side) for side in (left, right))
+        p.lower_right = lower_right
 
     def _set_call(
         self, query, key, value, mask, padding, lengths, bias, relative_bias, sink, seed, starts_q, starts_k,
@@ -127,10 +179,10 @@ class AttentionEmulator:
         p = self.params
         self.tensors = {}
         packed = starts_q is not None
-        p.B = starts_q.shape[0] - 1 if packed else query.shape[0]
-        p.M, p.N = (longest_q, longest_k) if packed else (query.shape[2], key.shape[2])
-        p.H, p.D, p.D_v = query.shape[1], query.shape[-1], value.shape[-1]
-        p.group = p.H // max(key.shape[1], 1)
+        B = starts_q.shape[0] - 1 if packed else query.shape[0]
+        M, N = (longest_q, longest_k) if packed else (query.shape[2], key.shape[2])
+        self._set_sizes(query, value, key.shape[1], B, M)
+        self._set_keys(N, left, right, lower_right)
         for name, tensor in {"query": query, "key": key, "value": value}.items():
             self._set_rows(name, contiguous_rows(tensor))
         self._set_masks(mask, padding, lengths, bias)
@@ -138,10 +190,7 @@ class AttentionEmulator:
         if packed:
             self._set_pointer("starts_q", starts_q.contiguous())
             self._set_pointer("starts_k", starts_k.contiguous())
-        open_side = p.M + p.N
-        p.left, p.right = (open_side if side is None else min(side, open_side) for side in (left, right))
-        p.lower_right, p.scale, p.softcap = lower_right, scale, softcap or 0.0
-        p.dtype = DTYPES[query.dtype]
+        p.scale, p.softcap = scale, softcap or 0.0
         p.threshold = round(dropout_p * 65536)
         p.dropout_scale = 1.0
         if p.threshold > 0:
@@ -149,14 +198,20 @@ class AttentionEmulator:
             self._set_pointer("seed", seed)
 
     def _launch(self, dtype):
-        plan = AttentionPlan()
-        plans().plan_attention(ctypes.byref(self.params), int(self.arch) // 10, ctypes.byref(plan))
-        instance = kernel(dtype, plan, self.arch)
-        counters = instance.launch(
-            plan.grid,
-            plan.threads,
-            [struct_argument(self.params, self.tensors)],
-            shared_bytes=plan.shared_bytes,
-            checks=self.checks,
-        )
+        p, plan = self.params, AttentionPlan()
+        device = int(self.arch) // 10, self.multiprocessors
+        plans().plan_attention(ctypes.byref(p), *device, self.few_queries, ctypes.byref(plan))
+        if self.splits is not None and plan.kind == FEW:
+            plans().divide_attention_keys(ctypes.byref(p), ctypes.byref(plan), self.splits)
+        if plan.partial_rows:
+            for name, columns in (("partial_out", p.partial_stride), ("partial_stats", 2)):
+                self._set_pointer(name, poisoned((plan.partial_rows, columns), torch.float32))
+        self._run_kernel(kernel(dtype, plan, self.arch), plan.grid, plan.threads, plan.shared_bytes)
+        if plan.combine_grid:
+            threads = plans().attention_combine_threads()
+            self._run_kernel(combine_kernel(self.arch), plan.combine_grid, threads, 0)
+
+    def _run_kernel(self, instance, grid, threads, shared_bytes):
+        arguments = [struct_argument(self.params, self.tensors)]
+        counters = instance.launch(grid, threads, arguments, shared_bytes=shared_bytes, checks=self.checks)
         self.launched.append((instance.name, counters))

@@ -19,9 +19,17 @@ void plan_fwd(NormFwdParams* p, NormPlan* plan) { *plan = plan_norm_fwd(*p); }
 void plan_bwd(NormBwdParams* p, int32_t multiprocessors, bool need_parameters, NormBwdPlan* plan) {
   *plan = plan_norm_bwd(*p, multiprocessors, need_parameters);
 }
-void plan_attention(AttentionFwdParams* p, int32_t major, AttentionPlan* plan) {
-  *plan = plan_attention_fwd(*p, major);
+void plan_attention(AttentionFwdParams* p, int32_t major, int32_t multiprocessors, int32_t few_queries,
+                    AttentionPlan* plan) {
+  *plan = plan_attention_fwd(*p, {major, multiprocessors}, few_queries < 0 ? kFewQueries : few_queries);
 }
+void divide_attention_keys(AttentionFwdParams* p, AttentionPlan* plan, int32_t splits) {
+  divide_keys(*p, *plan, splits);
+}
+int32_t attention_splits(int64_t tiles, int64_t key_blocks, int64_t resident) {
+  return best_splits(tiles, key_blocks, resident);
+}
+int32_t attention_combine_threads() { return kCombineThreads; }
 bool attention_is_chosen(int32_t block_d, int32_t kind, int32_t major) {
   return is_chosen(block_d, static_cast<AttentionKind>(kind), major);
 }

@@ -1,4 +1,6 @@
-"""CUDA attention, run from its PTX: right values for every argument, width, type and layout."""
+"""CUDA attention, run from its PTX: right values for every argument, width, type and layout.
+
+Few queries go to the kernels of many here: test_decode.py has their own."""
 
 import itertools
 import math
@@ -19,13 +21,18 @@ from tests.ops.dropout_calls import dropout_of
 from tests.ops.judging import assert_same_bits, without_grad
 from tests.ptxvm import nvcc
 
+from .emulated_attention import FEW, GENERAL, PADDED, WHOLE
 from .structures import CSRC
 
 pytestmark = pytest.mark.usefixtures("attention_emulator")
 
 BF16, F16 = torch.bfloat16, torch.float16
 WIDTHS = (32, 64, 96, 128, 192, 256)
-WHOLE, PADDED, GENERAL = range(3)
+
+
+@pytest.fixture(autouse=True)
+def many_queries(attention_emulator):
+    attention_emulator.few_queries = 0
 
 
 def judge_here(inputs, **how):
@@ -210,13 +217,15 @@ def test_other_targets(attention_emulator, arch):
 
 def width_and_call(width, kind):
     """A call that the instantiation serves: the narrowest there is for it, or the widest."""
-    D = {WHOLE: width, PADDED: width - 8, GENERAL: width - 1}[kind]
+    D = {WHOLE: width, PADDED: width - 8, GENERAL: width - 1, FEW: width - 1}[kind]
     return some_inputs(D, M=37, N=170, window=(100, 90))
 
 
 @pytest.mark.slow
 def test_every_instantiation_runs(attention_emulator):
-    for width, kind, dtype in itertools.product(WIDTHS, range(3), (BF16, F16)):
+    attention_emulator.splits = 2
+    for width, kind, dtype in itertools.product(WIDTHS, range(4), (BF16, F16)):
+        attention_emulator.few_queries = 37 if kind == FEW else 0
         inputs = width_and_call(width, kind)
         inputs |= {name: inputs[name].to(dtype) for name in ("query", "key", "value")}
         judge_here(inputs)

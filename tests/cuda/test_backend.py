@@ -19,7 +19,16 @@ from fastformer.specs import AttentionSpec, FeedForwardSpec, NormSpec
 from tests.ptxvm import nvcc
 
 from .emulated import NormBwdParams, NormBwdPlan, NormFwdParams, NormPlan
-from .emulated_attention import AttentionFwdParams, AttentionPlan, AttentionTile, HeadRows
+from .emulated_attention import (
+    FEW,
+    GENERAL,
+    WHOLE,
+    AttentionFwdParams,
+    AttentionPlan,
+    AttentionTile,
+    HeadRows,
+    ScoreMatrix,
+)
 from .emulated_feed_forward import (
     KERNELS,
     ColumnSumsParams,
@@ -152,13 +161,12 @@ def attention_tensors(M=40, N=40, D=64, D_v=64, **more):
     [
         ({}, {}, None),
         ({"D": 1, "D_v": 256}, {}, None),
-        ({"M": 16, "N": 511}, {}, None),
+        ({"M": 1, "N": 100_000}, {}, None),
         ({"dtype": torch.float16}, {"left": 3, "softcap": 2.0, "dropout_p": 0.1}, None),
         ({"dtype": torch.float32}, {}, "bfloat16 and float16, not float32"),
         ({"D": 257}, {}, "head dims of 1 to 256, and query's is 257"),
         ({"D_v": 0}, {}, "head dims of 1 to 256, and value's is 0"),
         ({"M": 2**28, "N": 2**28}, {}, "536870912 queries and keys of a head"),
-        ({"M": 1, "N": 4096}, {}, "does not divide the keys of few queries, here 4096 of 1,"),
         ({}, {"return_weights": "mean"}, "returns no weights yet"),
     ],
 )
@@ -238,6 +246,7 @@ def test_attention_goes_to_the_faster_kernel(machine, capability, first):
     assert dispatch.choose("attention_fwd", spec, tensors, "auto") is dispatch.BACKENDS[first]
     assert dispatch.choose("attention_fwd", spec, tensors, "cuda") is cuda
     assert dispatch.choose("attention_bwd", spec, tensors, "auto") is dispatch.BACKENDS[first]
+    assert not cuda.gives_way("paged_attention_fwd", tensors)
     machine.setattr(triton, "why_not", lambda op, spec, tensors: "it is not installed")
     assert dispatch.choose("attention_fwd", spec, tensors, "auto") is cuda
 
@@ -256,27 +265,66 @@ def test_giving_way_is_explained(machine):
 @hypothesis.given(
     D=st.integers(1, 256),
     D_v=st.integers(1, 256),
-    M=st.integers(1, 5000),
+    M=st.integers(1, 130) | st.integers(1, 5000),
     N=st.integers(0, 5000),
+    group=st.sampled_from((1, 2, 3, 6)),
     major=st.sampled_from((8, 9, 10, 12)),
+    multiprocessors=st.integers(1, 150),
 )
 @hypothesis.settings(max_examples=200)
-def test_attention_plans_cover_every_query(ptx_cache, D, D_v, M, N, major):
+def test_attention_plans_cover_every_query(ptx_cache, D, D_v, M, N, group, major, multiprocessors):
     rows = HeadRows(4096, 0, 0, 256)
-    p = AttentionFwdParams(
-        query=rows, key=rows, value=rows, out=rows, B=2, H=3, M=M, N=N, D=D, D_v=D_v, scale=0.1
-    )
+    sizes = {"B": 2, "H": 6, "group": group, "M": M, "N": N, "D": D, "D_v": D_v, "rows": 12 * M}
+    open_sides = {"left": M + N, "right": M + N}
+    p = AttentionFwdParams(query=rows, key=rows, value=rows, out=rows, scale=0.1, **sizes, **open_sides)
     plan, tile = AttentionPlan(), AttentionTile()
-    plans().plan_attention(ctypes.byref(p), major, ctypes.byref(plan))
+    plans().plan_attention(ctypes.byref(p), major, multiprocessors, -1, ctypes.byref(plan))
     shared = plans().attention_tile(plan.block_d, plan.kind, ctypes.byref(tile))
     assert plan.block_d >= max(D, D_v) and plan.shared_bytes == shared <= 96 << 10
     block_m = 16 * tile.row_tiles * tile.warps
-    assert p.tiles * block_m >= M > (p.tiles - 1) * block_m and plan.grid == 6 * p.tiles
+    assert (plan.kind == FEW) is (M <= 64) and p.share == (group if plan.kind == FEW else 1)
+    assert p.tiles * block_m >= M * p.share > (p.tiles - 1) * block_m
+    assert plan.grid == 12 // p.share * p.tiles * p.splits
     assert plan.threads == 32 * tile.warps
     assert plans().attention_is_chosen(plan.block_d, plan.kind, major)
-    assert (plan.kind == 2) is (D % 8 != 0 or D_v % 8 != 0)
-    if plan.kind == 0:
+    assert (plan.kind == GENERAL) is (plan.kind != FEW and (D % 8 != 0 or D_v % 8 != 0))
+    if plan.kind == WHOLE:
         assert D == D_v == plan.block_d
+    assert 1 <= p.splits <= max(1, -(-N // tile.block_n))
+    if p.splits > 1:
+        assert plan.kind == FEW and plan.partial_rows == p.splits * p.rows
+        assert D_v <= p.partial_stride < D_v + 8 and p.partial_stride % 8 == 0
+        rows_of_block = plans().attention_combine_threads() // 32
+        assert plan.combine_grid * rows_of_block >= p.rows > (plan.combine_grid - 1) * rows_of_block
+    else:
+        assert plan.partial_rows == plan.combine_grid == 0
+
+
+def test_heads_with_masks_of_their_own_have_tiles_of_their_own(ptx_cache):
+    """What a mask of keys hides from one head of a group, and not from another, the group cannot skip."""
+    shares = []
+    for stride_h in (0, 50):
+        mask = ScoreMatrix(4096, 0, 0, stride_h, 0, 1)
+        p = AttentionFwdParams(key_mask=mask, B=1, H=8, group=4, M=1, N=50, D=64, D_v=64, rows=8, scale=0.1)
+        plans().plan_attention(ctypes.byref(p), 8, 1, -1, ctypes.byref(AttentionPlan()))
+        shares.append(p.share)
+    assert shares == [4, 1]
+
+
+@pytest.mark.parametrize(
+    "tiles, key_blocks, resident, least, most",
+    [
+        (8, 1024, 216, 24, 54),  # one sequence of a model with 8 key heads: the device is filled
+        (1, 4000, 264, 120, 128),
+        (300, 1024, 216, 1, 1),  # filled already
+        (8, 1, 216, 1, 1),
+        (8, 4, 216, 1, 1),  # less time than a second kernel takes
+        (8, 8, 216, 2, 8),
+    ],
+)
+def test_keys_are_divided_where_that_fills_the_device(ptx_cache, tiles, key_blocks, resident, least, most):
+    sizes = (ctypes.c_int64(size) for size in (tiles, key_blocks, resident))
+    assert least <= plans().attention_splits(*sizes) <= most
 
 
 ROWS = st.integers(1, 100_000)

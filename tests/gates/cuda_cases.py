@@ -19,7 +19,7 @@ from .case import Case, Compiled
 CACHE = Path(__file__).parents[2] / "build" / "gates"
 _SOURCES = Path(__file__).parents[1] / "cuda" / "instances"
 DTYPES = {"bfloat16": 1, "float16": 2}
-_KINDS = ("whole", "padded", "general")
+_KINDS = ("whole", "padded", "general", "few")
 _WIDTHS = (32, 64, 96, 128, 192, 256)
 _BACKWARD_WIDTHS = (64, 128, 256)
 # The chips of one major release run the code of its first.
@@ -57,6 +57,11 @@ def _compile(width: int, dtype: str, kind: str, target: str) -> Compiled:
     return Compiled("attention_fwd", _named(width, tile), cubin, shared)
 
 
+def _compile_combine(target: str) -> Compiled:
+    threads = _plans().attention_combine_threads()
+    return Compiled("attention_combine", f"threads={threads}", cubin_of("attention_combine.cu", target), 0)
+
+
 def _compile_backward(width: int, dtype: str, plain: bool, target: str) -> Compiled:
     """The pass over keys; beside it the others are nothing."""
     defined = {"TYPE": DTYPES[dtype], "WIDTH": width, "PLAIN": int(plain)}
@@ -84,6 +89,7 @@ def cuda_attention_cases(op: str, target: str) -> Iterator[Case]:
                 call = partial(_compile, width, dtype, kind)
                 name = f"D={width} {dtype} {kind}"
                 yield Case(op, name, call, width, gated, tensor_cores=True, compiled=True)
+    yield Case(op, "splits joined", _compile_combine, compiled=True)
 
 
 def cuda_attention_backward_cases(op: str, target: str) -> Iterator[Case]:

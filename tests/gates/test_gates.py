@@ -38,6 +38,7 @@ SOME = [
     ("attention_fwd_cuda", "sm_80", "D=128 bfloat16 whole"),
     ("attention_fwd_cuda", "sm_80", "D=64 bfloat16 whole"),
     ("attention_fwd_cuda", "sm_120", "D=128 float16 general"),
+    ("attention_fwd_cuda", "sm_90", "D=256 bfloat16 few"),
     ("attention_bwd_cuda", "sm_80", "D=128 bfloat16 plain"),
     ("attention_bwd_cuda", "sm_80", "D=64 bfloat16 plain"),
     ("attention_bwd_cuda", "sm_90", "D=128 float16 general"),
