@@ -26,6 +26,10 @@ FourTensors norm_bwd(const Tensor& grad_out, const std::optional<Tensor>& grad_s
 // out, lse, row_max, row_sum
 FourTensors attention_fwd(FASTFORMER_ATTENTION_PARAMETERS);
 
+// [B, H, M, N] after dropout, or their mean over heads, [B, M, N].
+Tensor attention_weights(const Tensor& row_max, const Tensor& row_sum, FASTFORMER_ATTENTION_PARAMETERS,
+                         bool mean);
+
 // Gradients of query, key, value, bias, relative_bias and sink; empty where they are not needed.
 SixTensors attention_bwd(const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_lse,
                          const std::optional<Tensor>& grad_weights, const Tensor& out, const Tensor& row_max,

@@ -119,7 +119,7 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
     if op == "attention_fwd":
         return _attention_refusal(spec, tensors) or _few_queries(spec, tensors)
     if op == "attention_bwd":
-        return _attention_refusal(spec, tensors) or _gradient_refusal(spec, tensors)
+        return _attention_refusal(spec, tensors) or _gradient_refusal(tensors)
     return _norm_refusal(first)
 
 
@@ -137,8 +137,6 @@ def _attention_refusal(spec: AttentionSpec, tensors: tuple[Tensor | None, ...]) 
     assert query is not None and key is not None and value is not None
     if query.dtype == torch.float32:
         return "its attention multiplies bfloat16 and float16, not float32"
-    if spec.return_weights is not None:
-        return "its attention returns no weights yet"
     for name, width in (("query", query.shape[-1]), ("value", value.shape[-1])):
         if not 1 <= width <= _MAX_HEAD_DIM:
             return f"its attention takes head dims of 1 to {_MAX_HEAD_DIM}, and {name}'s is {width}"
@@ -166,29 +164,15 @@ def _few_queries(spec: AttentionSpec, tensors: tuple[Tensor | None, ...]) -> str
     return None
 
 
-def _gradient_refusal(spec: AttentionSpec, tensors: tuple[Tensor | None, ...]) -> str | None:
+def _gradient_refusal(tensors: tuple[Tensor | None, ...]) -> str | None:
     """What attention's backward does not do beside what forward does not."""
-    query, key, value, bias, relative_bias = (tensors[place] for place in (0, 1, 2, 6, 7))
-    assert query is not None and key is not None and value is not None
-    if _wants_gradient(relative_bias):
-        return "its attention has no gradient of relative_bias yet"
-    if _wants_gradient(bias):
-        assert bias is not None
-        B = query.shape[0] if query.dim() == 4 else len(tensors[10]) - 1  # type: ignore[arg-type]
-        if bias.shape != (B, query.shape[1], *_lengths(spec, query, key)):
-            return "its attention has no gradient of a bias that is broadcast yet"
+    query, value = tensors[0], tensors[2]
+    assert query is not None and value is not None
     if max(query.shape[-1], value.shape[-1]) > _MAX_SMALL_HEAD_DIM and _has_little_shared(query.device):
         return (
             f"its attention's gradients at head dims over {_MAX_SMALL_HEAD_DIM} take 145 KB of shared memory"
         )
     return None
-
-
-def _wants_gradient(tensor: Tensor | None) -> bool:
-    """Under a transform of torch.func it cannot be told, and is assumed."""
-    if tensor is None:
-        return False
-    return tensor.requires_grad or torch._C._are_functorch_transforms_active()
 
 
 def gives_way(op: str, device: torch.device) -> bool:
@@ -207,4 +191,4 @@ def _has_little_shared(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) in _LITTLE_SHARED
 
 
-globals().update(raw_ops.functions("cuda", _SERVED))
+globals().update(raw_ops.functions("cuda", (*_SERVED, "attention_weights")))

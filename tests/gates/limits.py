@@ -96,7 +96,7 @@ for _width in (64, 128):
 USEFUL_PRODUCTS = {"attention_fwd": 2, "attention_fwd_cuda": 2, "attention_bwd": 5, "attention_bwd_cuda": 5}
 RUN_PRODUCTS = {"attention_fwd": 2, "key_gradients": 4, "query_gradients": 3, "attention_bwd_keys": 5}
 # Other kernels with products, whose hot loop has one.
-MULTIPLYING = {*RUN_PRODUCTS, "hidden", "hidden_bwd", "gemm", "score_sum", "relative_bias"}
+MULTIPLYING = {*RUN_PRODUCTS, "hidden", "hidden_bwd", "gemm", "score_sum", "relative_bias", "attention_sums"}
 
 
 class Useful(NamedTuple):
