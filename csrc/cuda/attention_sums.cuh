@@ -40,7 +40,6 @@ struct SumPass {
   int m0 = 0, n0 = 0;  // the first query and key of the tile at hand
   bool full = false;   // whether ranges of keys hide nothing of it
   RealKeys real;
-  uint64_t seed = 0;
   Scores total = {};
 
   __device__ __forceinline__ SumPass(const AttentionSumsParams& p, Head& head, uint32_t shared)
@@ -49,9 +48,7 @@ struct SumPass {
         head(head),
         shared(shared),
         query_chunks((call.D + kBlock - 1) / kBlock),
-        chunks(query_chunks + (p.kind == SumKind::kWeights ? 0 : (call.D_v + kBlock - 1) / kBlock)) {
-    if (call.threshold > 0) seed = *call.seed;
-  }
+        chunks(query_chunks + (p.kind == SumKind::kWeights ? 0 : (call.D_v + kBlock - 1) / kBlock)) {}
 
   // All threads must call.
   __device__ __forceinline__ void take_head(int b, int h) {
@@ -118,34 +115,42 @@ struct SumPass {
     __syncthreads();  // everybody is done with it
   }
 
-  // Of this lane's rows; weights alone need no offset.
-  __device__ __forceinline__ void find_rows(RowPivot (&pivots)[kRowTiles][2],
-                                            float (&factors)[kRowTiles][2]) const {
+  // Where row i of the head lies among pivots, and among statistics.
+  __device__ __forceinline__ int64_t entry_of(int i) const {
+    return slot_of_tile(p.bwd, head, 0, p.block_m) * p.block_m + i;
+  }
+  __device__ __forceinline__ int64_t place_of(int i) const {
+    return head.b * call.stats_stride_b + head.h * call.stats_stride_h + head.first_query + i;
+  }
+
+  // Of this lane's rows. Where they are not given weights alone are wanted, which need no offset.
+  __device__ __forceinline__ void find_pivots(RowPivot (&pivots)[kRowTiles][2]) const {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int i = m0 + warp_row + 16 * m + 8 * r + lane_row();
         pivots[m][r] = {-kMinusInfinity, 0.0f};
-        factors[m][r] = 0.0f;
         if (i >= head.M) continue;
         if (p.bwd.pivots != nullptr) {
-          const int64_t entry = slot_of_tile(p.bwd, head, 0, p.block_m) * p.block_m + i;
-          pivots[m][r] = p.bwd.pivots[entry];
-          factors[m][r] = p.bwd.factors[entry];
+          pivots[m][r] = p.bwd.pivots[entry_of(i)];
         } else {
-          const int64_t at = head.b * call.stats_stride_b + head.h * call.stats_stride_h + head.first_query + i;
-          const float row_sum = call.row_sum[at];
-          pivots[m][r].shift = shift_of(call, call.row_max[at], row_sum);
-          factors[m][r] = row_sum == 0.0f ? 0.0f : 1.0f / row_sum;
+          pivots[m][r].shift = shift_of(call, call.row_max[place_of(i)], call.row_sum[place_of(i)]);
         }
       }
     }
   }
 
+  __device__ __forceinline__ float factor_of(int i) const {
+    if (i >= head.M) return 0.0f;
+    if (p.bwd.pivots != nullptr) return p.bwd.factors[entry_of(i)];
+    const float row_sum = call.row_sum[place_of(i)];
+    return row_sum == 0.0f ? 0.0f : 1.0f / row_sum;
+  }
+
   __device__ __forceinline__ void drop_some(Scores& values) const {
     if (call.threshold == 0) return;
-    drop(call, head, seed, m0 + warp_row, n0 + warp_key, values);
+    drop(call, head, *call.seed, m0 + warp_row, n0 + warp_key, values);
     scale_all(values, call.dropout_scale);
   }
 
@@ -169,11 +174,11 @@ struct SumPass {
     for (; c < query_chunks; ++c) add_chunk(c, weights);
 
     RowPivot pivots[kRowTiles][2];
-    float factors[kRowTiles][2];
-    find_rows(pivots, factors);
+    find_pivots(pivots);
     if (call.logits) make_logits(call, head, i0, j0, weights, slopes);
     hide_some(call, head, i0, j0, [&] { return full; }, real, warp_key, weights);
-    exponentiate<false>(call, pivots, [&](int m, int r) { return factors[m][r]; }, weights);
+    const auto factor = [&](int m, int r) { return factor_of(i0 + 16 * m + 8 * r + lane_row()); };
+    exponentiate<false>(call, pivots, factor, weights);
     if (p.kind == SumKind::kWeights) {
       drop_some(weights);
       add_to_total(weights);
@@ -261,51 +266,71 @@ __device__ __forceinline__ void write_deltas(const AttentionSumsParams& p, const
   p.bwd.deltas[head.b * call.stats_stride_b + head.h * call.stats_stride_h + head.first_query + i] = sum;
 }
 
-// Blocks are (tile of target, slab, part of its steps), the tile's keys fastest: blocks that run together share
-// queries.
+// What a block sums: blocks are (tile of target, slab, part of its steps), the tile's keys fastest, so that
+// those that run together share queries.
+struct SumBlock {
+  int first_m, first_n;  // tiles that steps begin at
+  int ahead;             // of a diagonal of tiles: how many tiles the keys' lie past the queries'
+  int b, h;              // the target's
+  int part;
+
+  __device__ __forceinline__ SumBlock(const AttentionSumsParams& p, uint32_t block) {
+    const int tile_n = static_cast<int>(block) % p.tiles_n, others = static_cast<int>(block) / p.tiles_n;
+    const int tile_m = others % p.tiles_m, slab = others / p.tiles_m % p.slabs;
+    const bool diagonal = p.kind == SumKind::kDiagonals;
+    part = others / p.tiles_m / p.slabs;
+    b = slab / p.target_H;
+    h = slab % p.target_H;
+    ahead = tile_n - ((p.bwd.call.M + kSumBlock - 1) / kSumBlock - 1);
+    first_m = diagonal ? max(0, -ahead) : tile_m;
+    first_n = diagonal ? max(0, ahead) : tile_n;
+  }
+};
+
+template <DType kType>
+__device__ __forceinline__ void add_steps(const AttentionSumsParams& p, SumPass<kType>& work) {
+  const SumBlock block(p, blockIdx.x);
+  const bool diagonal = p.kind == SumKind::kDiagonals;
+  const int step_m = diagonal || p.kind == SumKind::kRow, step_n = diagonal || p.kind == SumKind::kDeltas;
+  const int begin = block.part * p.part_steps, end = begin + min(p.part_steps, p.steps - begin);
+  int member = -1;
+#pragma unroll 1
+  for (int step = begin; step < end; ++step) {
+    const int inner = step % p.inner;
+    if (step / p.inner != member) {
+      member = step / p.inner;
+      work.take_head(block.b + member / p.members_h, block.h + member % p.members_h);
+    }
+    const int m0 = (block.first_m + inner * step_m) * kSumBlock;
+    const int n0 = (block.first_n + inner * step_n) * kSumBlock;
+    if (work.take_tile(m0, n0)) work.add_tile();
+  }
+}
+
 template <DType kType>
 __global__ void __launch_bounds__(kSumThreads, 3)
     attention_sums_kernel(const __grid_constant__ AttentionSumsParams p) {
   using Pass = SumPass<kType>;
   __shared__ __align__(128) uint8_t stages[2 * Pass::kStage];
   __shared__ Head head;
-  const AttentionFwdParams& call = p.bwd.call;
-  const bool diagonal = p.kind == SumKind::kDiagonals;
-  const int tile_n = static_cast<int>(blockIdx.x) % p.tiles_n, others = static_cast<int>(blockIdx.x) / p.tiles_n;
-  const int tile_m = others % p.tiles_m, slab = others / p.tiles_m % p.slabs;
-  const int part = others / p.tiles_m / p.slabs;
-  const int ahead = tile_n - ((call.M + kSumBlock - 1) / kSumBlock - 1);  // of a diagonal of tiles
-  const int first_m = diagonal ? max(0, -ahead) : tile_m, first_n = diagonal ? max(0, ahead) : tile_n;
-  const int step_m = diagonal || p.kind == SumKind::kRow, step_n = diagonal || p.kind == SumKind::kDeltas;
-
   Pass work(p, head, shared_address(stages));
-  int member = -1;
-  const int begin = part * p.part_steps, end = min(begin + p.part_steps, p.steps);
-#pragma unroll 1
-  for (int step = begin; step < end; ++step) {
-    const int inner = step % p.inner;
-    if (step / p.inner != member) {
-      member = step / p.inner;
-      work.take_head(slab / p.target_H + member / p.members_h, slab % p.target_H + member % p.members_h);
-    }
-    const int m0 = (first_m + inner * step_m) * kSumBlock, n0 = (first_n + inner * step_n) * kSumBlock;
-    if (work.take_tile(m0, n0)) work.add_tile();
-  }
+  add_steps(p, work);
   float* const tile = reinterpret_cast<float*>(stages);
   work.share_total(tile);
 
-  const int64_t share = int64_t{part} * (diagonal ? 2 : 1) * p.share_stride;
+  const SumBlock block(p, forgotten(blockIdx.x));  // no register for what this gives around the loop
+  const bool diagonal = p.kind == SumKind::kDiagonals;
+  const int64_t share = int64_t{block.part} * (diagonal ? 2 : 1) * p.share_stride;
   void* const target = row_at(p.target.data, p.target.dtype,
-                              share + slab / p.target_H * p.target.stride_b +
-                                  slab % p.target_H * p.target.stride_h);
+                              share + block.b * p.target.stride_b + block.h * p.target.stride_h);
   if (diagonal) {
-    write_diagonal_sums(p, tile, target, ahead);
+    write_diagonal_sums(p, tile, target, block.ahead);
   } else if (p.kind == SumKind::kRow) {
-    write_column_sums(p, tile, target, first_n * kSumBlock);
+    write_column_sums(p, tile, target, block.first_n * kSumBlock);
   } else if (p.kind == SumKind::kDeltas) {
-    write_deltas(p, tile, head, first_m * kSumBlock);
+    write_deltas(p, tile, head, block.first_m * kSumBlock);
   } else {
-    write_tile(p, tile, target, first_m * kSumBlock, first_n * kSumBlock);
+    write_tile(p, tile, target, block.first_m * kSumBlock, block.first_n * kSumBlock);
   }
 }
 

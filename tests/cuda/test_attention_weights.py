@@ -100,7 +100,7 @@ def test_a_row_of_nan_is_one_row():
         **rows, cu_seqlens_q=starts, cu_seqlens_k=starts, return_weights=True, backend="cuda"
     )
     assert weights[0, :, :5, :5].isnan().all() and not weights[1].isnan().any()
-    assert torch.equal(weights[0, :, 5:], torch.zeros(2, 2, 7))
+    assert not weights[0, :, 5:].any()
 
 
 def test_weights_in_any_order_of_warps(gradient_emulator):
