@@ -202,7 +202,7 @@ struct SumPass {
   }
 
   // The total into shared memory, where nothing else is wanted any more.
-  __device__ __forceinline__ void share_total(float* tile) const {
+  __device__ __forceinline__ void share_total() const {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -210,8 +210,8 @@ struct SumPass {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int row = warp_row + 16 * m + 8 * r + lane_row(), column = warp_key + 8 * n + lane_column();
-          *reinterpret_cast<float2*>(tile + row * kSumPitch + column) =
-              make_float2(total[m][n][2 * r], total[m][n][2 * r + 1]);
+          store_shared(shared + 4 * (row * kSumPitch + column),
+                       make_float2(total[m][n][2 * r], total[m][n][2 * r + 1]));
         }
       }
     }
@@ -315,9 +315,9 @@ __global__ void __launch_bounds__(kSumThreads, 3)
   __shared__ Head head;
   Pass work(p, head, shared_address(stages));
   add_steps(p, work);
-  float* const tile = reinterpret_cast<float*>(stages);
-  work.share_total(tile);
+  work.share_total();
 
+  const float* const tile = reinterpret_cast<const float*>(stages);
   const SumBlock block(p, forgotten(blockIdx.x));  // no register for what this gives around the loop
   const bool diagonal = p.kind == SumKind::kDiagonals;
   const int64_t share = int64_t{block.part} * (diagonal ? 2 : 1) * p.share_stride;

@@ -24,26 +24,30 @@ def judge_here(inputs, which, **how):
     judge_attention(inputs | {"return_weights": which}, backend="cuda", **how)
 
 
-@per_head_and_mean
-@pytest.mark.parametrize("more", slow_unless(("window and lengths", "mask"), MORE))
-def test_weights_and_gradients(more, which):
+EACH = [(which, more) for which in ("per_head", "mean") for more in MORE]
+SOME = [("per_head", "mask"), ("mean", "window and lengths")]
+
+
+@pytest.mark.parametrize("case", slow_unless(SOME, EACH), ids=str)
+def test_weights_and_gradients(case):
+    which, more = case
     judge_here(some_inputs() | MORE[more](Draw(BF16)), which)
 
 
-@per_head_and_mean
-@pytest.mark.parametrize("dtype", (F16, pytest.param(BF16, marks=pytest.mark.slow)), ids=str)
-def test_dropout(dtype, which):
+@pytest.mark.parametrize("which", slow_unless(("mean",), ("per_head", "mean")))
+def test_dropout(which):
     """Weights come as dropout leaves them."""
     fn_only, plain_only = dropout_of(0.3, B, H, M, N)
-    judge_here(some_inputs(dtype), which, fn_only=fn_only, plain_only=plain_only)
+    judge_here(some_inputs(F16), which, fn_only=fn_only, plain_only=plain_only)
 
 
+@pytest.mark.slow
 def test_everything_is_dropped():
     fn_only, plain_only = dropout_of(1.0, B, H, M, N)
     judge_here(some_inputs(F16), "mean", fn_only=fn_only, plain_only=plain_only)
 
 
-@per_head_and_mean
+@pytest.mark.parametrize("which", slow_unless(("mean",), ("per_head", "mean")))
 def test_with_gradients_of_biases_and_of_a_sink(which):
     """They get the weights' gradient too, by delta and by every tile; a bias of one column by its rows alone."""
     d = Draw(BF16)
@@ -63,13 +67,14 @@ def test_every_case(name, dtype, which):
         judge_here(inputs, which)
 
 
-@pytest.mark.parametrize("name", ("everything", "no keys", "no heads", "one element"))
+@pytest.mark.parametrize("name", ("no keys", "no heads", "one element"))
 def test_some_cases(name):
     judge_here(call(name, BF16), "mean" if name == "no heads" else "per_head")
 
 
+@pytest.mark.slow
 @per_head_and_mean
-@pytest.mark.parametrize("name", slow_unless(("cross",), PACKED))
+@pytest.mark.parametrize("name", PACKED)
 def test_packed(name, which):
     """0 beyond a sequence's ends."""
     inputs, longest = packed_call(name, BF16)
@@ -103,6 +108,7 @@ def test_a_row_of_nan_is_one_row():
     assert not weights[0, :, 5:].any()
 
 
+@pytest.mark.slow
 def test_weights_in_any_order_of_warps(gradient_emulator):
     inputs = without_grad(some_inputs()) | {"return_weights": "mean"}
     first = outputs_and_gradients(fastformer.attention, **inputs, backend="cuda")
