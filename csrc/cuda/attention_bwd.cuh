@@ -142,9 +142,7 @@ struct BackwardPass {
     if constexpr (kPlain && kEdge) hide_outside(call, head, i0, j0, scores);
     if constexpr (!kPlain) {
       // (At D = 256 no register is left to know by.)
-      const auto is_full = [&] {
-        return kD <= 128 && tile >= tiles.full_begin && tile < tiles.full_end;
-      };
+      const auto is_full = [&] { return kD <= 128 && tile >= tiles.full_begin && tile < tiles.full_end; };
       hide_some(call, head, i0, j0, is_full, real, warp_key, scores);
     }
     const auto factor_of = [&](int m, int r) { return queries.factors[i0 + 16 * m + 8 * r + lane_row()]; };

@@ -49,10 +49,11 @@ inline std::vector<int64_t> statistics_sizes(const Tensor& query, bool packed) {
 inline void set_statistics(const Tensor& row_max, const Tensor& row_sum, const Tensor& query, bool packed,
                            AttentionFwdParams& p) {
   for (const Tensor* const each : {&row_max, &row_sum}) {
-    STD_TORCH_CHECK(has_sizes(*each, statistics_sizes(query, packed)) && each->is_contiguous() &&
-                        each->scalar_type() == ScalarType::Float,
-                    "row_max and row_sum must be as attention_fwd gave them: contiguous float32 [B, H, M], or "
-                    "packed [H, total]");
+    STD_TORCH_CHECK(
+        has_sizes(*each, statistics_sizes(query, packed)) && each->is_contiguous() &&
+            each->scalar_type() == ScalarType::Float,
+        "row_max and row_sum must be as attention_fwd gave them: contiguous float32 [B, H, M], or "
+        "packed [H, total]");
   }
   p.row_max = static_cast<float*>(const_cast<void*>(row_max.const_data_ptr()));
   p.row_sum = static_cast<float*>(const_cast<void*>(row_sum.const_data_ptr()));

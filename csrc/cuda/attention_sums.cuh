@@ -1,6 +1,7 @@
 // Sums of weights, or of gradients of scores, over heads, batch elements, queries, keys or diagonals: the
 // returned weights, delta where these have a gradient, and the gradients of a broadcast bias and of
-// relative_bias. Weights and gradients are computed anew, tile by tile, and every sum has one order: no atomics.
+// relative_bias. Weights and gradients are computed anew, tile by tile, and every sum has one order: no
+// atomics.
 //
 // All sums run elementwise over tiles in registers, until the last: tiles of one diagonal of tiles have their
 // diagonals in the same places, so that those too are summed once a block, in shared memory.
@@ -223,7 +224,7 @@ struct SumPass {
 
 // Tile (m0, n0) of the target.
 __device__ __forceinline__ void write_tile(const AttentionSumsParams& p, const float* tile, void* target,
-                                             int m0, int n0) {
+                                           int m0, int n0) {
   const int column = static_cast<int>(threadIdx.x) % kSumBlock, j = n0 + column;
   for (int row = static_cast<int>(threadIdx.x) / kSumBlock; row < kSumBlock; row += kSumThreads / kSumBlock) {
     const int i = m0 + row;
@@ -234,8 +235,8 @@ __device__ __forceinline__ void write_tile(const AttentionSumsParams& p, const f
 }
 
 // Sums of columns.
-__device__ __forceinline__ void write_column_sums(const AttentionSumsParams& p, const float* tile, void* target,
-                                          int n0) {
+__device__ __forceinline__ void write_column_sums(const AttentionSumsParams& p, const float* tile,
+                                                  void* target, int n0) {
   const int column = static_cast<int>(threadIdx.x), j = n0 + column;
   if (column >= kSumBlock || j >= p.bwd.call.N) return;
   float sum = 0.0f;
@@ -245,8 +246,8 @@ __device__ __forceinline__ void write_column_sums(const AttentionSumsParams& p, 
 
 // Sums of diagonals of tiles whose keys begin `ahead` tiles past their queries. Those of j - i from the
 // tiles' own diagonal on go into one share, those below into the next.
-__device__ __forceinline__ void write_diagonal_sums(const AttentionSumsParams& p, const float* tile, void* target,
-                                                int ahead) {
+__device__ __forceinline__ void write_diagonal_sums(const AttentionSumsParams& p, const float* tile,
+                                                    void* target, int ahead) {
   const int t = static_cast<int>(threadIdx.x) - (kSumBlock - 1);  // j - i within the tile
   const int entry = ahead * kSumBlock + t + p.bwd.call.M - 1;
   if (t >= kSumBlock || entry < 0 || entry >= p.target.stride_m) return;
@@ -256,8 +257,8 @@ __device__ __forceinline__ void write_diagonal_sums(const AttentionSumsParams& p
 }
 
 // Sums of rows of the head's queries from m0 on.
-__device__ __forceinline__ void write_deltas(const AttentionSumsParams& p, const float* tile, const Head& head,
-                                             int m0) {
+__device__ __forceinline__ void write_deltas(const AttentionSumsParams& p, const float* tile,
+                                             const Head& head, int m0) {
   const int row = static_cast<int>(threadIdx.x), i = m0 + row;
   if (row >= kSumBlock || i >= head.M) return;
   float sum = 0.0f;

@@ -22,7 +22,8 @@ __device__ __forceinline__ float shift_of(const AttentionFwdParams& p, float row
   return p.logits ? row_max : fmaf(row_max, kLog2E, log2f(row_sum));
 }
 
-// Products to logits, before anything is hidden. A capped score's gradient is to be multiplied by its slope, 1
+// Products to logits, before anything is hidden. A capped score's gradient is to be multiplied by its slope,
+// 1
 // - tanh^2, and the score is softcap tanh; without a cap slopes are not written.
 template <int kRowTiles, int kTiles>
 __device__ __forceinline__ void make_logits(const AttentionFwdParams& p, const Head& head, int i0, int j0,
@@ -97,8 +98,7 @@ __device__ __forceinline__ void exponentiate(const AttentionFwdParams& p,
 // The gradient of weights gets that of the weights that were returned.
 template <int kRowTiles, int kTiles>
 __device__ __forceinline__ void add_given_gradients(const ScoreMatrix& given, float scale, const Head& head,
-                                                    int i0, int j0,
-                                                    float (&grads)[kRowTiles][kTiles][4]) {
+                                                    int i0, int j0, float (&grads)[kRowTiles][kTiles][4]) {
   const void* const base = row_at(static_cast<const void*>(given.data), given.dtype,
                                   head.b * given.stride_b + head.h * given.stride_h);
   for_each(grads, [&](float& grad, int m, int n, int e) {

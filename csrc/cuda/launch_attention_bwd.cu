@@ -73,8 +73,8 @@ LaunchFailure launch(const AttentionBwdPlan& plan, const AttentionBwdParams& p, 
   if (error != cudaSuccess) return {"attention_bwd_rows_kernel", error};
   if (p.grad_sink != nullptr) {
     const AttentionFwdParams& call = p.call;
-    error = launch_row_sums({p.sink_shares, p.grad_sink, DType::kFloat32, call.B, call.H, call.tiles, 1, call.H, 1},
-                            stream);
+    error = launch_row_sums(
+        {p.sink_shares, p.grad_sink, DType::kFloat32, call.B, call.H, call.tiles, 1, call.H, 1}, stream);
     if (error != cudaSuccess) return {"attention_bwd_row_sums_kernel", error};
   }
   if (plan.key_grid > 0) {
@@ -162,18 +162,18 @@ struct BiasSum {
     if (column && (p.call.sink != nullptr || p.grad_lse != nullptr)) {
       rows = int64_t{p.call.B} * p.call.H * p.call.M;
     }
-    STD_TORCH_CHECK(rows < int64_t{1} << 31, "the gradient of a bias of one column for 2**31 rows or more is ",
-                    "not served by cuda");
+    STD_TORCH_CHECK(rows < int64_t{1} << 31,
+                    "the gradient of a bias of one column for 2**31 rows or more is ", "not served by cuda");
   }
 
   void run(const AttentionBwdParams& p, int32_t block_m, Tensor& grad, cudaStream_t stream) const {
     if (!wanted) return;
     if (!column) return sum_bias(p, block_m, grad, stream);
     if (rows == 0) return set_zero(grad, stream);
-    const cudaError_t error = launch_row_sums(
-        {p.row_grads, grad.mutable_data_ptr(), dtype_of(grad, "bias"), p.call.B, p.call.H, p.call.M,
-         size_from_end(grad, 4), size_from_end(grad, 3), size_from_end(grad, 2)},
-        stream);
+    const cudaError_t error =
+        launch_row_sums({p.row_grads, grad.mutable_data_ptr(), dtype_of(grad, "bias"), p.call.B, p.call.H,
+                         p.call.M, size_from_end(grad, 4), size_from_end(grad, 3), size_from_end(grad, 2)},
+                        stream);
     STD_TORCH_CHECK(error == cudaSuccess,
                     "attention_bwd_row_sums_kernel was not launched: ", cudaGetErrorString(error));
   }
@@ -227,14 +227,13 @@ struct Gradients {
         bias(nothing_on(query, query.scalar_type())),
         relative_bias(nothing_on(query, ScalarType::Float)),
         sink(nothing_on(query, ScalarType::Float)) {
-    STD_TORCH_CHECK((!need_bias || call.bias) && (!need_relative_bias || call.relative_bias) &&
-                        (!need_sink || call.sink),
-                    "a gradient was asked for of a bias, relative_bias or sink that was not given");
+    STD_TORCH_CHECK(
+        (!need_bias || call.bias) && (!need_relative_bias || call.relative_bias) && (!need_sink || call.sink),
+        "a gradient was asked for of a bias, relative_bias or sink that was not given");
     if (need_bias) bias = contiguous_like(*call.bias);
     if (need_relative_bias) {
       const auto sizes = call.relative_bias->sizes();
-      relative_bias =
-          empty_on(query, IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), ScalarType::Float);
+      relative_bias = empty_on(query, IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), ScalarType::Float);
     }
     if (need_sink) sink = floats_on(query, p.H);
   }
@@ -278,8 +277,12 @@ SixTensors attention_bwd(const std::optional<Tensor>& grad_out, const std::optio
   const bool whole = has_sizes(grads.bias, {p.call.B, p.call.H, p.call.M, p.call.N});
   if (need_bias && whole) {
     const Tensor& bias = grads.bias;
-    p.grad_bias = {grads.bias.mutable_data_ptr(), dtype_of(bias, "bias"), bias.stride(0),
-                   bias.stride(1),                bias.stride(2),         bias.stride(3)};
+    p.grad_bias = {grads.bias.mutable_data_ptr(),
+                   dtype_of(bias, "bias"),
+                   bias.stride(0),
+                   bias.stride(1),
+                   bias.stride(2),
+                   bias.stride(3)};
     set_zero(grads.bias, stream);
   }
   if (need_sink) p.grad_sink = floats_of(grads.sink);

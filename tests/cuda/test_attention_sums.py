@@ -93,7 +93,9 @@ def test_a_bias_of_another_type(wide):
     judge_here(some_inputs(F16, M=40, N=70) | {"bias": d.with_minus_inf(H, 40, 70)})
 
 
-SHAPES = [(m, n, rows) for m, n in ((70, 130), (130, 70), (1, 1), (1, 200), (200, 1), (64, 128)) for rows in (1, H)]
+SHAPES = [
+    (m, n, rows) for m, n in ((70, 130), (130, 70), (1, 1), (1, 200), (200, 1), (64, 128)) for rows in (1, H)
+]
 
 
 @pytest.mark.parametrize("shape", slow_unless(((70, 130, H), (130, 70, 1)), SHAPES), ids=str)
@@ -220,7 +222,9 @@ def test_every_tile_is_a_step_of_one_block(ptx_cache, shape, whole, kind):
     call = p.bwd.call
     call.B, call.H, call.M, call.N = shape
     call.D = call.D_v = 64
-    target_B, target_H = (size if kept or kind == DELTAS else 1 for size, kept in zip(shape, whole, strict=False))
+    target_B, target_H = (
+        size if kept or kind == DELTAS else 1 for size, kept in zip(shape, whole, strict=False)
+    )
     plans().plan_sums(ctypes.byref(p), target_B, target_H, ctypes.byref(plan))
     tiles_m, tiles_n = (-(-length // 64) for length in shape[2:])
     parts = plan.grid // (p.slabs * p.tiles_m * p.tiles_n)
@@ -232,7 +236,9 @@ def test_every_tile_is_a_step_of_one_block(ptx_cache, shape, whole, kind):
     if kind != DIAGONALS:
         assert visited == call.B * call.H * tiles_m * tiles_n
     columns = call.M + call.N - 1 if kind == DIAGONALS else call.N
-    assert p.share_stride == target_B * target_H * columns * (call.M if kind in (WEIGHTS, MATRIX, DELTAS) else 1)
+    assert p.share_stride == target_B * target_H * columns * (
+        call.M if kind in (WEIGHTS, MATRIX, DELTAS) else 1
+    )
     assert plan.shares == {DIAGONALS: 2 * parts}.get(kind, parts if parts > 1 else 0)
     if parts > 1:
         assert plan.grid <= 512 and 4 * plan.shares * p.share_stride <= 8 << 20
@@ -252,7 +258,9 @@ def test_every_instantiation_runs(gradient_emulator):
 def test_any_call():
     """Of those with a bias, or with a relative one, or both."""
     with_bias = sets_of_features().flatmap(
-        lambda found: st.sampled_from(({"bias"}, {"relative_bias"}, {"bias", "relative_bias"})).map(found.union)
+        lambda found: st.sampled_from(({"bias"}, {"relative_bias"}, {"bias", "relative_bias"})).map(
+            found.union
+        )
     )
 
     @hypothesis.given(st.data(), with_bias.filter(together), st.sampled_from((BF16, F16)))
