@@ -6,10 +6,10 @@
 // All sums run elementwise over tiles in registers, until the last: tiles of one diagonal of tiles have their
 // diagonals in the same places, so that those too are summed once a block, in shared memory.
 //
-// Heads of any width in one instantiation: operands come 64 columns at a time, the next while the last meet.
-// A tile of 64 queries and 64 keys reads 512 bytes of L2 for each column of D, and takes 2 times 64 mma for
-// every 64 of them: where L2 brings 5 TB/s that is half of an A100's rate, which exponentials, masks and the
-// biases in between do not leave anyway.
+// One instantiation for heads of any width and both types: operands come 64 columns at a time, the next while
+// the last meet. A tile of 64 queries and 64 keys reads 512 bytes of L2 for each column of D, and takes 2
+// times 64 mma for every 64 of them: where L2 brings 5 TB/s that is half of an A100's rate, which
+// exponentials, masks and the biases in between do not leave anyway.
 #pragma once
 
 #include "attention_bwd_rows.cuh"
@@ -20,7 +20,6 @@ namespace fastformer::cuda {
 // Floats between rows of a total in shared memory: a warp's pairs of columns lie in all banks.
 constexpr int kSumPitch = kSumBlock + 8;
 
-template <DType kType>
 struct SumPass {
   static constexpr int kBlock = kSumBlock, kThreads = kSumThreads;
   // Of a tile, each of 2 x 2 warps has [16 kRowTiles, 8 kTiles].
@@ -37,19 +36,19 @@ struct SumPass {
   const uint32_t shared;
   const int warp_row = static_cast<int>(threadIdx.x) / kWarp % 2 * 16 * kRowTiles;
   const int warp_key = static_cast<int>(threadIdx.x) / kWarp / 2 * 8 * kTiles;
-  const int query_chunks, chunks;
   int m0 = 0, n0 = 0;  // the first query and key of the tile at hand
   bool full = false;   // whether ranges of keys hide nothing of it
   RealKeys real;
   Scores total = {};
 
   __device__ __forceinline__ SumPass(const AttentionSumsParams& p, Head& head, uint32_t shared)
-      : p(p),
-        call(p.bwd.call),
-        head(head),
-        shared(shared),
-        query_chunks((call.D + kBlock - 1) / kBlock),
-        chunks(query_chunks + (p.kind == SumKind::kWeights ? 0 : (call.D_v + kBlock - 1) / kBlock)) {}
+      : p(p), call(p.bwd.call), head(head), shared(shared) {}
+
+  // Of 64 columns: of Q and K, and with those of dO and V. Counted anew each time, which takes no registers.
+  __device__ __forceinline__ int query_chunks() const { return (call.D + kBlock - 1) / kBlock; }
+  __device__ __forceinline__ int chunks() const {
+    return query_chunks() + (p.kind == SumKind::kWeights ? 0 : (call.D_v + kBlock - 1) / kBlock);
+  }
 
   // All threads must call.
   __device__ __forceinline__ void take_head(int b, int h) {
@@ -94,11 +93,11 @@ struct SumPass {
     const int left = head.M - m0 - Copier::first_row();
     const auto is_query = [&](int i) { return i * Copier::kStep < left; };
     const auto is_key = [&](int i) { return real.has(i * Copier::kStep + Copier::first_row()); };
-    if (c < query_chunks) {
+    if (c < query_chunks()) {
       copy(call.query, head.h, head.first_query + m0, call.D, c * kBlock, place, is_query);
       copy(call.key, head.h_kv, head.first_key + n0, call.D, c * kBlock, place + kPlaceOfKeys, is_key);
-    } else if (c < chunks) {
-      const int column = (c - query_chunks) * kBlock;
+    } else if (c < chunks()) {
+      const int column = (c - query_chunks()) * kBlock;
       copy(p.bwd.grad_out, head.h, head.first_query + m0, call.D_v, column, place, is_query);
       copy(call.value, head.h_kv, head.first_key + n0, call.D_v, column, place + kPlaceOfKeys, is_key);
     }
@@ -112,7 +111,11 @@ struct SumPass {
     __syncthreads();  // chunk c is there
     const uint32_t rows = units_then_rows<kBlock>(shared) + warp_row * kPanelPitch + c % 2 * kStage;
     const uint32_t keys = rows_then_units<kBlock>(shared) + warp_key * kPanelPitch + c % 2 * kStage;
-    add_rows_by_rows<kType, kBlock, kBlock, kBlock>(rows, 0, keys, kPlaceOfKeys, products);
+    if (call.dtype == DType::kBFloat16) {
+      add_rows_by_rows<DType::kBFloat16, kBlock, kBlock, kBlock>(rows, 0, keys, kPlaceOfKeys, products);
+    } else {
+      add_rows_by_rows<DType::kFloat16, kBlock, kBlock, kBlock>(rows, 0, keys, kPlaceOfKeys, products);
+    }
     __syncthreads();  // everybody is done with it
   }
 
@@ -172,7 +175,7 @@ struct SumPass {
     set_zero(weights);
     int c = 0;
 #pragma unroll 1
-    for (; c < query_chunks; ++c) add_chunk(c, weights);
+    for (; c < query_chunks(); ++c) add_chunk(c, weights);
 
     RowPivot pivots[kRowTiles][2];
     find_pivots(pivots);
@@ -187,7 +190,7 @@ struct SumPass {
     }
     set_zero(grads);
 #pragma unroll 1
-    for (; c < chunks; ++c) add_chunk(c, grads);
+    for (; c < chunks(); ++c) add_chunk(c, grads);
     if (p.bwd.grad_weights.data != nullptr) {
       add_given_gradients(p.bwd.grad_weights, p.bwd.grad_weights_scale, head, i0, j0, grads);
     }
@@ -288,8 +291,7 @@ struct SumBlock {
   }
 };
 
-template <DType kType>
-__device__ __forceinline__ void add_steps(const AttentionSumsParams& p, SumPass<kType>& work) {
+__device__ __forceinline__ void add_steps(const AttentionSumsParams& p, SumPass& work) {
   const SumBlock block(p, blockIdx.x);
   const bool diagonal = p.kind == SumKind::kDiagonals;
   const int step_m = diagonal || p.kind == SumKind::kRow, step_n = diagonal || p.kind == SumKind::kDeltas;
@@ -308,13 +310,13 @@ __device__ __forceinline__ void add_steps(const AttentionSumsParams& p, SumPass<
   }
 }
 
-template <DType kType>
-__global__ void __launch_bounds__(kSumThreads, 3)
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads, 3)
     attention_sums_kernel(const __grid_constant__ AttentionSumsParams p) {
-  using Pass = SumPass<kType>;
-  __shared__ __align__(128) uint8_t stages[2 * Pass::kStage];
+  static_assert(kThreads == SumPass::kThreads);
+  __shared__ __align__(128) uint8_t stages[2 * SumPass::kStage];
   __shared__ Head head;
-  Pass work(p, head, shared_address(stages));
+  SumPass work(p, head, shared_address(stages));
   add_steps(p, work);
   work.share_total();
 

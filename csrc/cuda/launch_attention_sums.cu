@@ -6,9 +6,7 @@
 namespace fastformer::cuda {
 
 cudaError_t launch_sums(const AttentionSumsPlan& plan, const AttentionSumsParams& p, cudaStream_t stream) {
-  const auto kernel = p.bwd.call.dtype == DType::kBFloat16 ? attention_sums_kernel<DType::kBFloat16>
-                                                           : attention_sums_kernel<DType::kFloat16>;
-  kernel<<<static_cast<uint32_t>(plan.grid), kSumThreads, 0, stream>>>(p);
+  attention_sums_kernel<kSumThreads><<<static_cast<uint32_t>(plan.grid), kSumThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -19,10 +19,9 @@ WEIGHTS, MATRIX, ROW, DIAGONALS, DELTAS = range(5)
 THREADS, ADDING_THREADS = 128, 256
 
 
-def sums_module(dtype, arch):
+def sums_module(arch):
     folders = (f"-I{CSRC}", f"-I{CSRC / 'cuda'}")
-    source = HERE / "instances" / "attention_sums.cu"
-    return nvcc.compile_module(source, arch, *folders, f"-DTYPE={DTYPES[dtype]}")
+    return nvcc.compile_module(HERE / "instances" / "attention_sums.cu", arch, *folders)
 
 
 @dataclass
@@ -56,8 +55,7 @@ class AttentionSumsEmulator(AttentionEmulator):
 
     def _sum(self, sums, tensors, target, target_B, target_H):
         """Fills target, or with DELTAS, which has none, what the parameters name."""
-        dtype = next(dtype for dtype, number in DTYPES.items() if number == sums.bwd.call.dtype)
-        module = sums_module(dtype, self.arch)
+        module = sums_module(self.arch)
         plan = AttentionSumsPlan()
         plans().plan_sums(ctypes.byref(sums), target_B, target_H, ctypes.byref(plan))
         shares = poisoned((plan.shares * sums.share_stride,), torch.float32)

@@ -59,10 +59,11 @@ def slow_unless(fast, names):
 @pytest.mark.parametrize("dtype", (BF16, pytest.param(F16, marks=pytest.mark.slow)), ids=str)
 @pytest.mark.parametrize("broadcast", slow_unless(FAST, BROADCASTS))
 def test_bias_of_every_broadcast_shape(broadcast, dtype):
-    """The sink keeps what is constant over the keys from cancelling out of every result."""
+    """A sink of much weight keeps what is constant over the keys from cancelling out of every result."""
     shape = [1 if one else size for one, size in zip(BROADCASTS[broadcast], (B, H, M, N), strict=True)]
     d = Draw(dtype)
-    judge_here(some_inputs(dtype) | {"bias": d.floats(*shape), "sink": d.floats(H)})
+    sink = (d.floats(H).detach() + 4).requires_grad_()
+    judge_here(some_inputs(dtype) | {"bias": d.floats(*shape), "sink": sink})
 
 
 MORE = {
@@ -245,9 +246,8 @@ def test_every_tile_is_a_step_of_one_block(ptx_cache, shape, whole, kind):
 
 
 @pytest.mark.slow
-def test_every_instantiation_runs(gradient_emulator):
-    for dtype in (BF16, F16):
-        judge_here(some_inputs(dtype) | {"bias": Draw(dtype).floats(1, 1, M, N)})
+def test_every_kernel_runs(gradient_emulator):
+    judge_here(some_inputs() | {"bias": Draw(BF16).floats(1, 1, M, N)})
     folders = f"-I{CSRC}", f"-I{CSRC / 'cuda'}"
     text = nvcc.compile_text(CSRC / "cuda" / "launch_attention_sums.cu", "80", *folders)
     ran = {name for name, _ in gradient_emulator.launched if "attention_sums" in name or "shares" in name}

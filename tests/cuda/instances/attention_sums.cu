@@ -1,10 +1,9 @@
-// The sums over attention's scores, of operands that TYPE names; with SUMS_ALONE they alone.
+// The sums over attention's scores; with SUMS_ALONE without what adds their shares.
 #include "cuda/attention_sums.cuh"
 
 namespace fastformer::cuda {
 
-template __global__ void attention_sums_kernel<static_cast<DType>(TYPE)>(
-    const __grid_constant__ AttentionSumsParams);
+template __global__ void attention_sums_kernel<kSumThreads>(const __grid_constant__ AttentionSumsParams);
 #if !defined(SUMS_ALONE)
 template __global__ void attention_add_shares_kernel<256>(const float*, int, int64_t, void*, DType);
 #endif
