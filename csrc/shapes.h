@@ -225,8 +225,9 @@ struct FeedForwardBwd {
   Dropout dropout;
 };
 
-// Products of at most this depth are summed in one part.
-constexpr int64_t kDepthBlock = 512;
+// Products of at most this depth are summed in one part: twice as many terms have errors of 1.4 times
+// torch's.
+constexpr int64_t kDepthBlock = 256;
 
 // The most columns of a product that a worker takes at a time.
 constexpr int64_t kGroupColumns = 128;

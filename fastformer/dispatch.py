@@ -97,8 +97,7 @@ def choose(op: str, spec: Any, tensors: tuple[Tensor | None, ...], backend: str)
 
 def _triton_first(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether a call that cuda serves is better left to Triton, which serves it too."""
-    device = tensors[0].device  # type: ignore[union-attr]
-    return cuda.gives_way(op, device) and triton.why_not(op, spec, tensors) is None
+    return cuda.gives_way(op, tensors) and triton.why_not(op, spec, tensors) is None
 
 
 def backend_name(module: ModuleType) -> str:
@@ -168,7 +167,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     )
     if backend == "auto":
         notes += tuple(
-            f"cuda serves {direction} too, and gives way to triton on this device"
+            f"cuda serves {direction} too, and gives way to triton here"
             for direction, name in backends.items()
             if name == "triton" and "cuda" not in refusals[direction]
         )

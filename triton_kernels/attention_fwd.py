@@ -27,15 +27,16 @@ from .attention_tiles import (
     key_at,
     load_rows,
     query_at,
+    rows_apart,
     score_tile,
     signed_query,
     store_rows,
     tile_unit,
 )
-from .configs import AttentionFwdConfig, attention_fwd_config
+from .configs import FEW_QUERIES, AttentionFwdConfig, attention_fwd_config, combined_shares
 from .descriptors import descriptors_of, fits_descriptor
-from .launch import MAX_GRID, arch, ceil_div, on_device
-from .masks import head_of, key_blocks, masks_keys, real_keys
+from .launch import MAX_GRID, MULTIPLY_ADDS, arch, ceil_div, on_device
+from .masks import head_of, heads_of_rows, key_blocks, masks_keys, real_keys
 
 LN_2: tl.constexpr = tl.constexpr(math.log(2))
 # Where every row's maximum begins: a number, and no larger than any other, so that the difference from a
@@ -44,12 +45,12 @@ LOWEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 class Shares(NamedTuple):
-    """What the programs of a split call leave, float32: [splits, rows, D_v], and [splits, rows] twice."""
+    """What the programs of a split call leave, float32: [rows, splits, D_v], and [rows, splits] twice, so
+    that all of a row lies together."""
 
     out_ptr: Any
     max_ptr: Any
     sum_ptr: Any
-    rows: Any
 
 
 @triton.jit
@@ -85,6 +86,23 @@ def _load_block(call, b, h, descriptor, first, BLOCK: tl.constexpr, BLOCK_W: tl.
     if call.starts_q_ptr is not None:
         b = b * 0
     return descriptor.load([b.to(tl.int32), h.to(tl.int32), first, 0]).reshape([BLOCK, BLOCK_W])
+
+
+@triton.jit
+def _load_queries(
+    call, head, descriptors, m0, offs_m, ALIGN: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr, OF_GROUP: tl.constexpr,
+):  # fmt: skip
+    """Queries offs_m, which but for OF_GROUP are those from m0 on, [BLOCK_M, BLOCK_D]."""
+    if OF_GROUP:
+        query, at = rows_apart(call.query, head, offs_m, ALIGN)
+        return load_rows(query, at, 0, offs_m < head.M, D, BLOCK_M, BLOCK_D, ALIGN)
+    elif descriptors is None:
+        query = query_at(call.query, head, ALIGN)
+        return load_rows(call.query, query, m0, offs_m < head.M, D, BLOCK_M, BLOCK_D, ALIGN)
+    else:  # rows past the last are of another sequence, or zeros
+        first = head.first_query.to(tl.int32) + m0
+        return _load_block(call, head.b, head.h, descriptors[0], first, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
@@ -170,13 +188,14 @@ def _in_logits(row_max, row_sum, unit):
 
 
 @triton.jit
-def _finish_rows(call, head, out, stats, acc, row_max, row_sum, m0, D_v: tl.constexpr):
-    """The sink joins the sum; writes out, lse and the statistics. row_max in logits."""
-    offs_m = m0 + tl.arange(0, acc.shape[0])
+def _finish_rows(
+    call, head, h, out, stats, acc, row_max, row_sum, m0, offs_m, D_v: tl.constexpr, OF_GROUP: tl.constexpr
+):
+    """The sink joins the sum; writes out, lse and the statistics. h: each row's head; row_max in logits."""
     in_rows = offs_m < head.M
     rescale = call.dropout_scale
     if call.sink_ptr is not None:
-        sink = tl.load(call.sink_ptr + head.h).to(tl.float32)
+        sink = tl.load(call.sink_ptr + h).to(tl.float32)
         largest = tl.maximum(row_max, sink)
         pivot = tl.where(largest == float("-inf"), 0.0, largest)
         share = tl.exp2((row_max - pivot) * LOG2_E)
@@ -186,14 +205,18 @@ def _finish_rows(call, head, out, stats, acc, row_max, row_sum, m0, D_v: tl.cons
     nothing = row_sum == 0
     divisor = tl.where(nothing, 1.0, row_sum)
     acc = acc * tl.where(nothing, 0.0, rescale / divisor)[:, None]
-    at = head.b * stats.stride_b + head.h * stats.stride_h + head.first_query + offs_m
+    at = head.b * stats.stride_b + h * stats.stride_h + head.first_query + offs_m
     tl.store(stats.max_ptr + at, row_max, mask=in_rows)
     tl.store(stats.sum_ptr + at, row_sum, mask=in_rows)
     tl.store(stats.lse_ptr + at, tl.where(nothing, float("-inf"), row_max + tl.log(divisor)), mask=in_rows)
-    store_rows(out, query_at(out, head, 1), m0, in_rows, acc, D_v, 1)
+    if OF_GROUP:
+        out, at = rows_apart(out, head, offs_m, 1)
+        store_rows(out, at, 0, in_rows, acc, D_v, 1)
+    else:
+        store_rows(out, query_at(out, head, 1), m0, in_rows, acc, D_v, 1)
 
 
-_sized = triton.jit(do_not_specialize=[*SIZES, "first_b", "tiles", "splits"])
+_sized = triton.jit(do_not_specialize=[*SIZES, "first_b", "tiles", "splits", "group"])
 
 
 @_sized
@@ -203,14 +226,15 @@ def _attention_fwd_kernel(
     stats,  # RowStats
     descriptors,  # None or those of (query, key, value)
     shares,  # None or Shares: then out and stats are left to _combine_kernel
-    M, N, H, H_kv, left, right, lower_right, threshold, first_b, tiles, splits,
+    M, N, H, H_kv, left, right, lower_right, threshold, first_b, tiles, splits, group,
     QUERY_SIGN: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D_v: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
+    STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr, OF_GROUP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head a program, or its share of their keys; writes out, lse and statistics.
 
-    Programs are (tile of a split, head, batch element from first_b on).
+    Programs are (tile of a split, head, batch element from first_b on). With OF_GROUP a tile holds queries of
+    `group` heads that read one key head, so that few queries fill it and read their keys together.
     """
     FUSED: tl.constexpr = is_fused(call)
     tile = tl.program_id(0)
@@ -219,18 +243,22 @@ def _attention_fwd_kernel(
     if right is not None:
         tile = tiles - 1 - tile  # the longest rows first, so that none is left over at the end
     b, h = first_b + tl.program_id(2), tl.program_id(1)
-    head = head_of(call, b, h, M, N, H, H_kv, left, right, lower_right)
     m0 = tile * BLOCK_M
+    if OF_GROUP:
+        h *= group
+        m0 = m0 // group
+    head = head_of(call, b, h, M, N, H, H_kv, left, right, lower_right)
     if m0 >= head.M:
         return
     offs_m = m0 + tl.arange(0, BLOCK_M)
+    h = head.h
+    if OF_GROUP:  # rows of a tile are the first query of every head, then the second, and so on
+        row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_m = row // group
+        h += row % group  # [BLOCK_M]
+        head = heads_of_rows(head, (row % group)[:, None])
     in_rows = offs_m < head.M
-    if descriptors is None:
-        query = query_at(call.query, head, ALIGN)
-        q = load_rows(call.query, query, m0, offs_m < head.M, D, BLOCK_M, BLOCK_D, ALIGN)
-    else:  # rows past the last are of another sequence, or zeros
-        first = head.first_query.to(tl.int32) + m0
-        q = _load_block(call, head.b, head.h, descriptors[0], first, BLOCK_M, BLOCK_D)
+    q = _load_queries(call, head, descriptors, m0, offs_m, ALIGN, D, BLOCK_M, BLOCK_D, OF_GROUP)
     q = signed_query(q, QUERY_SIGN)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -270,14 +298,15 @@ def _attention_fwd_kernel(
     else:
         row_max, row_sum = _in_logits(row_max, row_sum, tile_unit(call))
     if shares is None:
-        _finish_rows(call, head, out, stats, acc, row_max, row_sum, m0, D_v)
+        _finish_rows(call, head, h, out, stats, acc, row_max, row_sum, m0, offs_m, D_v, OF_GROUP)
     else:
         split = tl.program_id(0) // tiles
-        at = head.b * stats.stride_b + head.h * stats.stride_h + head.first_query + split * shares.rows
-        tl.store(shares.max_ptr + at + offs_m, row_max, mask=in_rows)
-        tl.store(shares.sum_ptr + at + offs_m, row_sum, mask=in_rows)
+        first = head.b * stats.stride_b + h * stats.stride_h + head.first_query
+        at = (first + offs_m) * splits + split
+        tl.store(shares.max_ptr + at, row_max, mask=in_rows)
+        tl.store(shares.sum_ptr + at, row_sum, mask=in_rows)
         columns = tl.arange(0, BLOCK_DV)
-        pointers = shares.out_ptr + (at + offs_m)[:, None] * D_v + columns[None, :]
+        pointers = shares.out_ptr + at[:, None] * D_v + columns[None, :]
         tl.store(pointers, acc, mask=in_rows[:, None] & (columns < D_v)[None, :])
 
 
@@ -285,32 +314,37 @@ def _attention_fwd_kernel(
 def _combine_kernel(
     call, out, stats, shares,
     M, N, H, H_kv, left, right, lower_right, threshold, first_b, splits,
-    D_v: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    D_v: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Second stage of a split call: BLOCK_M queries of one head a program, its shares always in one order."""
+    """Second stage of a split call: one query of one head a program, its shares always in one order, BLOCK_S
+    of them a step, each read once."""
     b, h = first_b + tl.program_id(2), tl.program_id(1)
     head = head_of(call, b, h, M, N, H, H_kv, left, right, lower_right)
-    m0 = tl.program_id(0) * BLOCK_M
-    offs_m = m0 + tl.arange(0, BLOCK_M)
-    in_rows = offs_m < head.M
+    m0 = tl.program_id(0)
+    if m0 >= head.M:
+        return
+    first = (head.b * stats.stride_b + head.h * stats.stride_h + head.first_query + m0) * splits
     columns = tl.arange(0, BLOCK_DV)
-    inside = in_rows[:, None] & (columns < D_v)[None, :]
-    first = head.b * stats.stride_b + head.h * stats.stride_h + head.first_query + offs_m
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for split in range(splits):
-        share_max = tl.load(shares.max_ptr + first + split * shares.rows, mask=in_rows, other=float("-inf"))
-        row_max = tl.maximum(row_max, share_max)
-    pivot = tl.where(row_max == float("-inf"), 0.0, row_max)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for split in range(splits):
-        at = first + split * shares.rows
-        share_max = tl.load(shares.max_ptr + at, mask=in_rows, other=float("-inf"))
-        rescale = tl.exp2((share_max - pivot) * LOG2_E)
-        row_sum += tl.load(shares.sum_ptr + at, mask=in_rows, other=0.0) * rescale
+    acc = tl.zeros([1, BLOCK_DV], tl.float32)
+    row_max = tl.full([1], float("-inf"), tl.float32)
+    row_sum = tl.zeros([1], tl.float32)
+    for start in range(0, splits, BLOCK_S):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        real = offs_s < splits
+        at = first + offs_s
+        share_max = tl.load(shares.max_ptr + at, mask=real, other=float("-inf"))
+        share_sum = tl.load(shares.sum_ptr + at, mask=real, other=0.0)
+        inside = real[:, None] & (columns < D_v)[None, :]
         share = tl.load(shares.out_ptr + at[:, None] * D_v + columns[None, :], mask=inside, other=0.0)
-        acc += share * rescale[:, None]
-    _finish_rows(call, head, out, stats, acc, row_max, row_sum, m0, D_v)
+        largest = tl.maximum(row_max, tl.max(share_max, 0))
+        pivot = tl.where(largest == float("-inf"), 0.0, largest)
+        rescale = tl.exp2((row_max - pivot) * LOG2_E)
+        weight = tl.exp2((share_max - pivot) * LOG2_E)
+        row_sum = row_sum * rescale + tl.sum(share_sum * weight, 0)
+        acc = acc * rescale[:, None] + tl.sum(share * weight[:, None], 0)[None, :]
+        row_max = largest
+    offs_m = m0 + tl.arange(0, 1)
+    _finish_rows(call, head, head.h, out, stats, acc, row_max, row_sum, m0, offs_m, D_v, False)
 
 
 def attention_fwd(
@@ -358,51 +392,34 @@ def fwd_config(call: AttentionCall, target: str) -> AttentionFwdConfig:
 
 def _launch(call: AttentionCall, out: Rows, stats: RowStats, target: str) -> None:
     config = fwd_config(call, target)
-    tiles = ceil_div(call.M, config.block_m)
-    programs = call.B * call.H * tiles
+    # With few queries the heads that read one key head, which all see the same keys, share tiles.
+    of_group, group = call.M <= FEW_QUERIES, 1
+    key_mask = call.tensors.key_mask
+    if of_group and (key_mask is None or key_mask.stride_h == 0):
+        group = call.H // call.H_kv
+    tiles, heads = ceil_div(call.M * group, config.block_m), call.H // group
+    programs = call.B * heads * tiles
     splits = config.splits(programs, _visible_keys(call))
     shares = None
     if splits > 1:
         total = stats.lse_ptr.numel()
         new = stats.lse_ptr.new_empty
-        shares = Shares(new(splits, total, call.D_v), new(splits, total), new(splits, total), total)
+        shares = Shares(new(total, splits, call.D_v), new(total, splits), new(total, splits))
     descriptors = descriptors_of(call, config.block_m, config.block_n) if config.ahead else None
     for first_b in range(0, call.B, MAX_GRID):
         batch = min(call.B - first_b, MAX_GRID)
-        _attention_fwd_kernel[(tiles * splits, call.H, batch)](
-            call.tensors,
-            out,
-            stats,
-            descriptors,
-            shares,
-            *call.sizes,
-            first_b,
-            tiles,
-            splits,
-            **call.flags,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            STAGES=config.num_stages,
-            EDGE_STAGES=config.edge_stages,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
-        )
+        _attention_fwd_kernel[(tiles * splits, heads, batch)](
+            call.tensors, out, stats, descriptors, shares, *call.sizes, first_b, tiles, splits, group,
+            **call.flags, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages,
+            EDGE_STAGES=config.edge_stages, OF_GROUP=of_group, num_warps=config.num_warps,
+            num_stages=config.num_stages, **MULTIPLY_ADDS,
+        )  # fmt: skip
         if shares is not None:
-            _combine_kernel[(tiles, call.H, batch)](
-                call.tensors,
-                out,
-                stats,
-                shares,
-                *call.sizes,
-                first_b,
-                splits,
-                D_v=call.D_v,
-                BLOCK_DV=call.flags["BLOCK_DV"],
-                BLOCK_M=config.block_m,
-                num_warps=4,
-                enable_fp_fusion=True,
-            )
+            width = call.flags["BLOCK_DV"]
+            _combine_kernel[(call.M, call.H, batch)](
+                call.tensors, out, stats, shares, *call.sizes, first_b, splits,
+                D_v=call.D_v, BLOCK_DV=width, BLOCK_S=combined_shares(width), num_warps=1, **MULTIPLY_ADDS,
+            )  # fmt: skip
 
 
 def _visible_keys(call: AttentionCall) -> int:

@@ -16,7 +16,7 @@ from .attention_call import SIZES, AttentionCall, Scores, attention_call, scores
 from .attention_passes import ScorePass, gradient_tile, tile_by_itself
 from .attention_rows import weight_pass
 from .configs import ATTENTION_SUMS
-from .launch import TARGET, ceil_div, on_device
+from .launch import MULTIPLY_ADDS, TARGET, all_registers, ceil_div, on_device
 from .masks import head_of, key_blocks
 
 _sized = triton.jit(
@@ -133,8 +133,6 @@ def _run_sum(
     config = ATTENTION_SUMS
     tiles_m, tiles_n = ceil_div(target_M, config.block), ceil_div(call.N, config.block)
     over_rows = target_M < call.M
-    # With float32 and every argument ptxas stops at 128 registers, and spills 40 bytes, if not told of more.
-    registers = {"maxnreg": 255} if TARGET == "cuda" else {}
     _score_sum_kernel[(target_B * target_H * tiles_m * tiles_n,)](
         call.tensors,
         scores,
@@ -153,7 +151,8 @@ def _run_sum(
         OVER_ROWS=over_rows,
         num_warps=config.num_warps,
         num_stages=1,
-        **registers,
+        **MULTIPLY_ADDS,
+        **all_registers(TARGET),  # else float32 with every argument spills 40 bytes
     )
 
 
@@ -188,6 +187,7 @@ def sum_relative_bias(
         BLOCK=block,
         num_warps=config.num_warps,
         num_stages=1,
+        **MULTIPLY_ADDS,
     )
     # The lower half of a diagonal of tiles is the upper half of the one before.
     shares = shares.sum((0, 1) if rows == 1 else 0).view(rows, diagonals, 2, block)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .attention_call import LOG2_E as _LOG2_E
+from .attention_call import Rows
 from .masks import visible
 from .philox import matrix_keep
 from .tiles import aligned
@@ -68,9 +69,18 @@ def store_rows(rows, at, start, real, values, WIDTH: tl.constexpr, ALIGN: tl.con
 
 @triton.jit
 def query_at(rows, head, ALIGN: tl.constexpr):
-    """Where the head's rows begin in query, out or a gradient of theirs: an offset in elements."""
-    at = head.b * aligned(rows.stride_b, ALIGN) + head.h * aligned(rows.stride_h, ALIGN)
+    """Where the head's rows begin in query, out or a gradient of theirs: an offset in elements, for each row
+    where a tile's are of several heads."""
+    at = head.b * aligned(rows.stride_b, ALIGN) + head.row_h * aligned(rows.stride_h, ALIGN)
     return at + head.first_query * aligned(rows.stride_m, ALIGN)
+
+
+@triton.jit
+def rows_apart(rows, head, offs_m, ALIGN: tl.constexpr):
+    """Rows offs_m of a tile that holds rows of several heads: (rows, at), by which load_rows and store_rows
+    find them from row 0 on."""
+    at = query_at(rows, head, ALIGN) + offs_m.to(tl.int64)[:, None] * aligned(rows.stride_m, ALIGN)
+    return Rows(rows.ptr, rows.stride_b, rows.stride_h, rows.stride_m * 0, None), at
 
 
 @triton.jit
@@ -134,14 +144,14 @@ def _capped(call, products):
 @triton.jit
 def _with_biases(call, head, logits, m, n):
     if call.bias is not None:
-        at = head.b * call.bias.stride_b + head.h * call.bias.stride_h
+        at = head.b * call.bias.stride_b + head.row_h * call.bias.stride_h
         offsets = m.to(tl.int64) * call.bias.stride_m + n.to(tl.int64) * call.bias.stride_n
         inside = (m < head.M) & (n < head.N)
         logits += tl.load(call.bias.ptr + at + offsets, mask=inside, other=0.0).to(tl.float32)
     if call.relative_bias_ptr is not None:
         entry = n - m + (head.longest_M - 1)
         inside = (entry >= 0) & (entry < head.longest_M + head.longest_N - 1)
-        row = call.relative_bias_ptr + head.h * call.relative_bias_stride_h
+        row = call.relative_bias_ptr + head.row_h * call.relative_bias_stride_h
         logits += tl.load(row + entry, mask=inside, other=0.0).to(tl.float32)
     return logits
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .configs import COLUMN_SUMS
-from .launch import ceil_div
+from .launch import MULTIPLY_ADDS, ceil_div
 from .tiles import aligned, load_tile
 
 _MOST_PARTS = 65535
@@ -52,6 +52,6 @@ def column_sums(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     _column_sums_kernel[(ceil_div(C, config.block_c), parts)](
         matrix, out, stride, rows, C, depth,
         ALIGN=align, BLOCK_R=config.block_r, BLOCK_C=config.block_c, num_warps=config.num_warps,
-        enable_fp_fusion=True,
+        **MULTIPLY_ADDS,
     )  # fmt: skip
     return out.view(C) if parts == 1 else column_sums(out, dtype)

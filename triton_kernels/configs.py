@@ -128,6 +128,8 @@ _FILL = 264
 # A share of fewer blocks costs more in being written and added than its program saves.
 _LEAST_BLOCKS = 4
 _MOST_SPLITS = 64
+# Numbers of shares that the one warp of a row loads at a time: 16 loads of 16 bytes of each thread in flight.
+_COMBINED = 2048
 
 # {target: {width, of heads padded to a power of two: one tile for each number of sides that a window or
 # causality bounds}}, for 16-bit calls in which nothing but a scale lies between product and weight and hidden
@@ -188,7 +190,15 @@ _FLOAT32 = {
     128: (AttentionFwdConfig(32, 32, 8, 1, 1, False), AttentionFwdConfig(16, 32, 8, 1, 1, False)),
     256: (AttentionFwdConfig(16, 32, 8, 1, 1, False),) * 2,
 }
-_FEW_QUERIES = 16
+# The same of few queries on NVIDIA's chips. At 64 one stage spills 16 bytes of plain calls on sm_90, where
+# ptxas stops at 128 registers. At 256 with every argument 8 warps spill 24 to 40 bytes in one stage on all
+# chips but sm_80, and 48 in two on sm_90; 16 warps in two stages take 100 to 128 registers.
+_FLOAT32_FEW = {
+    64: (AttentionFwdConfig(16, 32, 8, 2, 2, False),) * 2,
+    128: (AttentionFwdConfig(16, 32, 8, 1, 1, False),) * 2,
+    256: (AttentionFwdConfig(16, 32, 8, 1, 1, False), AttentionFwdConfig(16, 32, 16, 2, 2, False)),
+}
+FEW_QUERIES = 16
 
 
 @functools.cache
@@ -202,17 +212,25 @@ def attention_fwd_config(
     causality bounds.
     """
     width = max(width, 64)
+    few, nvidia = M <= FEW_QUERIES, target.startswith("sm_")
     if itemsize == 4:
-        config = _FLOAT32[width][not plain]
+        config = (_FLOAT32_FEW if few and nvidia else _FLOAT32)[width][not plain]
     elif plain:
         config = _PLAIN.get(target, _PLAIN["sm_80"])[width][sides]
     else:
         config = _MORE.get(target, _MORE["sm_80"])[width]
-    if M <= _FEW_QUERIES:
-        config = config._replace(block_m=16, num_warps=8 if itemsize == 4 else 4, ahead=False)
-    if target.startswith("gfx") and config.num_warps == 8:
+    if few:
+        config = config._replace(block_m=16, ahead=False)
+        if itemsize == 2:
+            config = config._replace(num_warps=4)
+    if not nvidia and config.num_warps == 8:
         config = config._replace(num_warps=4)  # of 64 threads, with up to 512 registers each
     return config
+
+
+def combined_shares(width: int) -> int:
+    """How many shares of a row of `width` columns are added up in a step; their statistics fill sectors."""
+    return min(_COMBINED // width, _MOST_SPLITS)
 
 
 class AttentionBwdConfig(NamedTuple):

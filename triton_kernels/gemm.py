@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .column_sums import column_sums
 from .configs import GEMM_GROUP, GemmConfig, gemm_config
-from .launch import arch, ceil_div, contiguous, sm_count
+from .launch import MULTIPLY_ADDS, arch, ceil_div, contiguous, sm_count
 from .tiles import aligned
 
 # One compilation serves every shape: ALIGN says all that is worth knowing of a size.
@@ -259,7 +259,7 @@ def product_options(config: GemmConfig, align: int, K: int, a: Operand, b: Opera
         "GROUP": GEMM_GROUP,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        "enable_fp_fusion": True,
+        **MULTIPLY_ADDS,
     }
 
 

@@ -10,6 +10,9 @@ import triton
 
 TARGET = "hip" if torch.version.hip else "cuda"
 MAX_GRID = 65535  # programs in the second and third dimension of a grid
+# Every launch says whether a product may be added unrounded. What Triton does where that is left open differs
+# from release to release, and all passes that compute a weight must compute it alike.
+MULTIPLY_ADDS = {"enable_fp_fusion": True}
 
 _STRIDES = ["stride_x", "stride_r", "stride_g", "stride_gs", "stride_s"]
 # One compilation serves every shape of a tile width: ALIGN says all that is worth knowing of a size.
@@ -26,6 +29,11 @@ def as_rows(tensor: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
     if rows.stride(1) != 1 and rows.shape[1] != 1:
         rows = rows.contiguous()
     return rows, rows.stride(0)
+
+
+def all_registers(target: str) -> dict[str, int]:
+    """For a kernel of 8 warps in which ptxas stops at 128 registers, and spills, if not told of more."""
+    return {"maxnreg": 255} if target == "cuda" else {}
 
 
 def ceil_div(n: int, size: int) -> int:

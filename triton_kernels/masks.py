@@ -20,9 +20,10 @@ class Head(NamedTuple):
     """One head of one batch element, or of one packed sequence."""
 
     b: Any  # int64
-    h: Any  # int64
+    h: Any  # int64; where a tile holds rows of several heads, the first of these
     h_kv: Any  # int64
-    stream: Any  # int32, b * H + h: dropout's counter
+    row_h: Any  # int64: h or, where a tile holds rows of several heads, theirs, [BLOCK_M, 1]
+    stream: Any  # int32, b * H + row_h: dropout's counter
     first_query: Any  # int64, rows before the packed sequence's own
     first_key: Any
     M: Any  # this sequence's
@@ -95,7 +96,7 @@ def _head_of(call, b, h, h_kv, M, N, H, left, right, lower_right):
         length = tl.load(call.lengths_ptr + b)  # int32 or int64, any value
         key_end = tl.maximum(tl.minimum(length, key_end), 0).to(tl.int32)
     return Head(
-        b, h, h_kv, stream, first_query, first_key, M, N, longest_M, longest_N, (N - M) * lower_right,
+        b, h, h_kv, h, stream, first_query, first_key, M, N, longest_M, longest_N, (N - M) * lower_right,
         left, right, key_begin, key_end,
     )  # fmt: skip
 
@@ -110,19 +111,26 @@ def group_of(call, b, h_kv, M, N, H, left, right, lower_right, GROUP: tl.constex
             other = _head_of(call, b, h_kv * GROUP + index, h_kv, M, N, H, left, right, lower_right)
             key_begin = tl.minimum(key_begin, other.key_begin)
             key_end = tl.maximum(key_end, other.key_end)
-    return _member(head, 0, key_begin, key_end)
+    return _member(head, head.h, 0, key_begin, key_end)
 
 
 @triton.jit
 def member_of(first, index):
     """Head number `index` of the group that group_of told the first of."""
-    return _member(first, index, first.key_begin, first.key_end)
+    return _member(first, first.h + index, index, first.key_begin, first.key_end)
 
 
 @triton.jit
-def _member(first, index, key_begin, key_end):
+def heads_of_rows(first, members):
+    """The Head of a tile whose rows are of several heads of a group: members, int32 [BLOCK_M, 1], counts them
+    from the first. The mask of keys must be the same for all."""
+    return _member(first, first.h, members, first.key_begin, first.key_end)
+
+
+@triton.jit
+def _member(first, h, index, key_begin, key_end):
     return Head(
-        first.b, first.h + index, first.h_kv, first.stream + index, first.first_query, first.first_key,
+        first.b, h, first.h_kv, first.row_h + index, first.stream + index, first.first_query, first.first_key,
         first.M, first.N, first.longest_M, first.longest_N, first.offset, first.left, first.right,
         key_begin, key_end,
     )  # fmt: skip
@@ -216,7 +224,7 @@ def visible(call, head, m, n, real):
     if head.right is not None:
         seen = seen & (n <= diagonal + head.right)
     if call.mask is not None:
-        at = head.b * call.mask.stride_b + head.h * call.mask.stride_h
+        at = head.b * call.mask.stride_b + head.row_h * call.mask.stride_h
         offsets = m.to(tl.int64) * call.mask.stride_m + n.to(tl.int64) * call.mask.stride_n
         seen = seen & tl.load(call.mask.ptr + at + offsets, mask=seen & (m < head.M), other=0)
     return seen

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .configs import COLUMN_SUM, bwd_programs, norm_config
 from .launch import (
+    MULTIPLY_ADDS,
     TARGET,
     as_rows,
     ceil_div,
@@ -279,6 +280,6 @@ def _column_sums(
         BLOCK_P=COLUMN_SUM.block_p,
         BLOCK_C=COLUMN_SUM.block_c,
         num_warps=COLUMN_SUM.num_warps,
-        enable_fp_fusion=False,  # it has nothing to fuse; Triton warns where the choice is left open
+        **MULTIPLY_ADDS,
     )
     return dweight_sum, dbias_sum

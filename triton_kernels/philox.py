@@ -33,7 +33,7 @@ def matrix_keep(
     Column j = 32J + 8w + 2t + e takes half e (low first) of word w of the call with counter
     (4J + t, row, stream, KIND): what a thread holds of one row in the accumulators of mma and wgmma. KIND is
     0 for attention, whose stream is batch * heads + head, and 2 for feed_forward, whose stream is 0.
-    row int32 [ROWS]; col_start and BLOCK_C are multiples of 32.
+    row int32 [ROWS], stream int32 or, of each row, [ROWS, 1]; col_start and BLOCK_C are multiples of 32.
     """
     call = col_start // 8 + tl.arange(0, BLOCK_C // 8)[None, :]
     zero = tl.zeros([ROWS, BLOCK_C // 8], tl.int32)  # [ROWS, 4J + t]

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "../feed_forward_arguments.h"
 #include "launch.h"
 #include "parallel.h"
 #include "tensors.h"
@@ -55,15 +56,6 @@ struct Bias {
   Float32Copy row;
   const float* data = row.data();
 };
-
-inline Activation activation_named(const std::string& name) {
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  if (name == "silu") return Activation::kSilu;
-  STD_TORCH_CHECK(name == "relu2", "unknown activation ", name);
-  return Activation::kRelu2;
-}
 
 // A kernel over the columns of its product, and what one column costs.
 struct ColumnWork {

@@ -47,10 +47,7 @@ void run(const FeedForwardFwd& call, const RowMatrix& x) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> feed_forward_fwd(
-    const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1, const std::optional<Tensor>& w_gate,
-    const std::optional<Tensor>& b_gate, const Tensor& w2, const std::optional<Tensor>& b2,
-    const std::optional<Tensor>& seed, const std::string& activation, double dropout_p, bool save_pre) {
+std::tuple<Tensor, Tensor, Tensor> feed_forward_fwd(FASTFORMER_FEED_FORWARD_PARAMETERS, bool save_pre) {
   STD_TORCH_CHECK(x.dim() >= 1 && w1.dim() == 2 && w2.dim() == 2,
                   "x must be [..., E], w1 [F, E] and w2 [E_out, F]");
   FeedForwardFwd call{};

@@ -184,13 +184,9 @@ std::optional<Tensor> saved_rows(const Tensor& saved, int64_t rows, int64_t F, D
 }  // namespace
 
 FeedForwardGradients feed_forward_bwd(const Tensor& grad_out, const Tensor& pre, const Tensor& pre_gate,
-                                      const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1,
-                                      const std::optional<Tensor>& w_gate,
-                                      const std::optional<Tensor>& b_gate, const Tensor& w2,
-                                      const std::optional<Tensor>& b2, const std::optional<Tensor>& seed,
-                                      const std::string& activation, double dropout_p, bool need_x,
-                                      bool need_w1, bool need_b1, bool need_w_gate, bool need_b_gate,
-                                      bool need_w2, bool need_b2) {
+                                      FASTFORMER_FEED_FORWARD_PARAMETERS, bool need_x, bool need_w1,
+                                      bool need_b1, bool need_w_gate, bool need_b_gate, bool need_w2,
+                                      bool need_b2) {
   STD_TORCH_CHECK(x.dim() >= 1 && w1.dim() == 2 && w2.dim() == 2,
                   "x must be [..., E], w1 [F, E] and w2 [E_out, F]");
   FeedForwardBwd call{};

@@ -7,10 +7,12 @@
 #include <tuple>
 
 #include "../attention_arguments.h"
+#include "../feed_forward_arguments.h"
 
 namespace fastformer::cuda {
 
 using torch::stable::Tensor;
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -35,5 +37,13 @@ SixTensors attention_bwd(const std::optional<Tensor>& grad_out, const std::optio
                          const std::optional<Tensor>& grad_weights, const Tensor& out, const Tensor& row_max,
                          const Tensor& row_sum, FASTFORMER_ATTENTION_PARAMETERS, bool need_bias,
                          bool need_relative_bias, bool need_sink);
+
+// out, pre, pre_gate
+ThreeTensors feed_forward_fwd(FASTFORMER_FEED_FORWARD_PARAMETERS, bool save_pre);
+
+FeedForwardGradients feed_forward_bwd(const Tensor& grad_out, const Tensor& pre, const Tensor& pre_gate,
+                                      FASTFORMER_FEED_FORWARD_PARAMETERS, bool need_x, bool need_w1,
+                                      bool need_b1, bool need_w_gate, bool need_b_gate, bool need_w2,
+                                      bool need_b2);
 
 }  // namespace fastformer::cuda

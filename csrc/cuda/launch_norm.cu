@@ -76,8 +76,6 @@ cudaError_t launch(const NormPlan& plan, const Params& params, cudaStream_t stre
 }  // namespace fastformer::cuda
 
 #if !defined(__CUDA_ARCH__)
-#include <cmath>
-
 #include "launch.h"
 #include "tensors.h"
 
@@ -101,24 +99,6 @@ void set_shape(Params& p, const Tensor& tensor) {
   p.columns = static_cast<int32_t>(columns);
   p.rows = rows_in(tensor, columns);
   STD_TORCH_CHECK(p.rows < int64_t{1} << 31, "norm of 2**31 rows or more is not served by cuda");
-}
-
-template <typename Params>
-void set_dropout(Params& p, double dropout_p, const std::optional<Tensor>& seed) {
-  p.threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536.0));  // half to even
-  if (p.threshold == 0) return;
-  STD_TORCH_CHECK(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
-                  "dropout needs a seed: an int64 tensor of one element");
-  p.seed = static_cast<const uint64_t*>(seed->const_data_ptr());
-  p.scale = p.threshold == 65536 ? 0.0f : static_cast<float>(65536.0 / (65536.0 - p.threshold));
-}
-
-// A parameter [columns], contiguous (copied if it was not), or nothing.
-std::optional<Tensor> row_parameter(const std::optional<Tensor>& tensor, int64_t columns, const char* name) {
-  if (!tensor.has_value()) return std::nullopt;
-  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == columns, name, " must have ", columns,
-                  " elements");
-  return tensor->is_contiguous() ? *tensor : torch::stable::contiguous(*tensor);
 }
 
 }  // namespace

@@ -120,6 +120,10 @@ __device__ __forceinline__ void store_shared(uint32_t shared, float2 values) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared), "f"(values.x), "f"(values.y) : "memory");
 }
 
+__device__ __forceinline__ void store_shared(uint32_t shared, uint16_t half) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(shared), "h"(half) : "memory");
+}
+
 __device__ __forceinline__ uint4 load_shared(uint32_t shared) {
   uint4 words;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"

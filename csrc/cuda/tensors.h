@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -88,6 +89,26 @@ inline Rows rows_of(const Tensor& tensor) {
   }
   if (collapses) return {tensor, found ? stride : sizes[last]};
   return {torch::stable::contiguous(tensor), sizes[last]};
+}
+
+// Dropout as kernels are told of it: `threshold`, the device pointer `seed`, and `scale`.
+template <typename Params>
+void set_dropout(Params& p, double dropout_p, const std::optional<Tensor>& seed) {
+  p.threshold = static_cast<uint32_t>(std::nearbyint(dropout_p * 65536.0));  // half to even
+  if (p.threshold == 0) return;
+  STD_TORCH_CHECK(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+                  "dropout needs a seed: an int64 tensor of one element");
+  p.seed = static_cast<const uint64_t*>(seed->const_data_ptr());
+  p.scale = p.threshold == 65536 ? 0.0f : static_cast<float>(65536.0 / (65536.0 - p.threshold));
+}
+
+// A parameter [columns], contiguous (copied if it was not), or nothing.
+inline std::optional<Tensor> row_parameter(const std::optional<Tensor>& tensor, int64_t columns,
+                                           const char* name) {
+  if (!tensor.has_value()) return std::nullopt;
+  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == columns, name, " must have ", columns,
+                  " elements");
+  return tensor->is_contiguous() ? *tensor : torch::stable::contiguous(*tensor);
 }
 
 // Makes the tensors' device current for torch and for this module's own copy of the CUDA runtime, and finds

@@ -1,4 +1,4 @@
-"""The CUDA C++ half of fastformer._C: norms and attention so far, on CUDA tensors."""
+"""The CUDA C++ half of fastformer._C: norms, attention and feed_forward, on CUDA tensors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,22 @@ from torch import Tensor
 from ..specs import AttentionSpec
 from . import raw_ops
 
-_SERVED = ("norm_fwd", "norm_bwd", "attention_fwd", "attention_bwd")
+_SERVED = (
+    "norm_fwd",
+    "norm_bwd",
+    "attention_fwd",
+    "attention_bwd",
+    "feed_forward_fwd",
+    "feed_forward_bwd",
+)
 _OLDEST_CAPABILITY = (8, 0)
 # Grids and row numbers are 32-bit.
 _MAX_ROWS = 2**31 - 1
 _MAX_COLUMNS = 2**30
+# A product counts past its last row and column to the end of a tile.
+_MAX_PRODUCT = 2**31 - 2**16
+# Fewer rows fill no tile of 128.
+_FEW_ROWS = 128
 _MAX_HEAD_DIM = 256
 # Queries and keys together, so that sums of positions stay 32-bit.
 _MAX_POSITIONS = 2**29
@@ -120,6 +131,8 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
         return _attention_refusal(spec, tensors) or _few_queries(spec, tensors)
     if op == "attention_bwd":
         return _attention_refusal(spec, tensors) or _gradient_refusal(tensors)
+    if op.startswith("feed_forward"):
+        return _feed_forward_refusal(tensors)
     return _norm_refusal(first)
 
 
@@ -129,6 +142,16 @@ def _norm_refusal(x: Tensor) -> str | None:
         return f"its kernels take at most {_MAX_COLUMNS} columns"
     if x.numel() > _MAX_ROWS * columns:
         return f"its kernels take at most {_MAX_ROWS} rows"
+    return None
+
+
+def _feed_forward_refusal(tensors: tuple[Tensor | None, ...]) -> str | None:
+    x, w1, w2 = tensors[0], tensors[1], tensors[5]
+    assert x is not None and w1 is not None and w2 is not None
+    if x.dtype == torch.float32:
+        return "its feed_forward multiplies bfloat16 and float16, not float32"
+    if max(math.prod(x.shape[:-1]), *w1.shape, w2.shape[0]) > _MAX_PRODUCT:
+        return f"its feed_forward takes at most {_MAX_PRODUCT} rows, and such widths"
     return None
 
 
@@ -175,10 +198,16 @@ def _gradient_refusal(tensors: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
-def gives_way(op: str, device: torch.device) -> bool:
+def gives_way(op: str, tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether "auto" should prefer Triton's kernel, where that serves the call: these take their operands
-    from registers, which is half the rate of tensor cores that take tiles from shared memory."""
-    return op in ("attention_fwd", "attention_bwd") and _is_fed_from_shared(device)
+    from registers, which is half the rate of tensor cores that take tiles from shared memory; and tiles of
+    feed_forward are made for many rows."""
+    first = tensors[0]
+    assert first is not None
+    if op.startswith("norm"):
+        return False
+    few_rows = op.startswith("feed_forward") and math.prod(first.shape[:-1]) < _FEW_ROWS
+    return few_rows or _is_fed_from_shared(first.device)
 
 
 @raw_ops.constant_in_graphs

@@ -7,6 +7,7 @@ from tests.ptxvm import nvcc
 from .emulated import Emulator
 from .emulated_attention import AttentionEmulator
 from .emulated_attention_backward import AttentionBackwardEmulator
+from .emulated_feed_forward import FeedForwardEmulator
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,3 +45,9 @@ def attention_emulator(serve):
 def gradient_emulator(serve):
     """Of both directions of attention, and of its weights."""
     return serve(AttentionBackwardEmulator(), "attention_fwd", "attention_weights", "attention_bwd")
+
+
+@pytest.fixture
+def feed_forward_emulator(serve):
+    """Of both directions of feed_forward."""
+    return serve(FeedForwardEmulator(), "feed_forward_fwd", "feed_forward_bwd")

@@ -3,6 +3,7 @@
 #include "cuda/attention_bwd_plan.h"
 #include "cuda/attention_plan.h"
 #include "cuda/attention_sums_plan.h"
+#include "cuda/feed_forward_plan.h"
 #include "cuda/norm_plan.h"
 
 using namespace fastformer::cuda;
@@ -13,6 +14,8 @@ int64_t size_of_NormBwdParams() { return sizeof(NormBwdParams); }
 int64_t size_of_AttentionFwdParams() { return sizeof(AttentionFwdParams); }
 int64_t size_of_AttentionBwdParams() { return sizeof(AttentionBwdParams); }
 int64_t size_of_AttentionSumsParams() { return sizeof(AttentionSumsParams); }
+int64_t size_of_GemmParams() { return sizeof(GemmParams); }
+int64_t size_of_ColumnSumsParams() { return sizeof(ColumnSumsParams); }
 const char* kernel_name(int32_t kernel) { return name_of(static_cast<NormKernel>(kernel)); }
 void plan_fwd(NormFwdParams* p, NormPlan* plan) { *plan = plan_norm_fwd(*p); }
 void plan_bwd(NormBwdParams* p, int32_t multiprocessors, bool need_parameters, NormBwdPlan* plan) {
@@ -44,4 +47,8 @@ int32_t attention_backward_tile(int32_t block_d, bool plain, BackwardTile* tile)
   *tile = backward_tile(block_d, plain);
   return shared_bytes_of(*tile, block_d);
 }
+void plan_product(int32_t kernel, GemmParams* p, int32_t multiprocessors, GemmPlan* plan) {
+  *plan = plan_gemm(static_cast<GemmKernel>(kernel), *p, multiprocessors);
+}
+void plan_sums(ColumnSumsParams* p, ColumnSumsPlan* plan) { *plan = plan_column_sums(*p); }
 }

@@ -87,15 +87,9 @@ def plans():
     loaded.kernel_name.restype = ctypes.c_char_p
     for chosen in (loaded.attention_is_chosen, loaded.attention_backward_is_plain):
         chosen.restype = ctypes.c_bool
-    for name in (
-        "NormFwdParams",
-        "NormBwdParams",
-        "AttentionFwdParams",
-        "AttentionBwdParams",
-        "AttentionSumsParams",
-    ):
-        if name in _structures:
-            assert ctypes.sizeof(_structures[name]) == getattr(loaded, f"size_of_{name}")()
+    for name, fields in _structures.items():
+        if name.endswith("Params"):
+            assert ctypes.sizeof(fields) == getattr(loaded, f"size_of_{name}")()
     return loaded
 
 

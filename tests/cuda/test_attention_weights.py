@@ -48,7 +48,7 @@ def test_everything_is_dropped():
 
 @pytest.mark.parametrize("which", slow_unless(("mean",), ("per_head", "mean")))
 def test_with_gradients_of_biases_and_of_a_sink(which):
-    """They get that of the weights too, by delta and by every tile; a bias of one column by its rows alone."""
+    """They get that of the weights too, by delta and by every tile; a bias of one column by its rows."""
     d = Draw(BF16)
     column = which == "mean"
     bias = d.floats(1, H, M, 1) if column else d.floats(B, 1, 1, N)

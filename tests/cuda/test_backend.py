@@ -15,11 +15,19 @@ from torch._subclasses import FakeTensorMode
 import fastformer
 from fastformer import dispatch
 from fastformer.backends import cuda, triton
-from fastformer.specs import AttentionSpec, NormSpec
+from fastformer.specs import AttentionSpec, FeedForwardSpec, NormSpec
 from tests.ptxvm import nvcc
 
 from .emulated import NormBwdParams, NormBwdPlan, NormFwdParams, NormPlan
 from .emulated_attention import AttentionFwdParams, AttentionPlan, AttentionTile, HeadRows
+from .emulated_feed_forward import (
+    KERNELS,
+    ColumnSumsParams,
+    ColumnSumsPlan,
+    GemmOperand,
+    GemmParams,
+    GemmPlan,
+)
 from .structures import CSRC, plans
 
 SPEC = NormSpec("layer", 1e-5)
@@ -102,7 +110,7 @@ def test_cpu_tensors_are_refused():
         fastformer.layer_norm(x, (8,), backend="cuda")
 
 
-@pytest.mark.parametrize("op", ["feed_forward_fwd", "feed_forward_bwd"])
+@pytest.mark.parametrize("op", ["rope_fwd"])
 def test_operators_to_come_are_refused(machine, op):
     assert cuda.why_not(op, None, (torch.randn(2, 8),)) == f"it has no {op} yet"
 
@@ -180,6 +188,40 @@ def test_what_gradients_of_attention_refuse(machine, given, spec, capability, re
     assert said is None if reason is None else reason in said
 
 
+def feed_forward_tensors(rows=4096, E=64, F=256, E_out=64, **more):
+    shapes = (rows, E), (F, E), (F,), None, None, (E_out, F), (E_out,), None
+    return tuple(shape and OnCuda(shape, **more) for shape in shapes)
+
+
+@pytest.mark.parametrize(
+    "given, reason",
+    [
+        ({}, None),
+        ({"rows": 1, "E": 1, "F": 1, "E_out": 1, "dtype": torch.float16}, None),
+        ({"dtype": torch.float32}, "multiplies bfloat16 and float16, not float32"),
+        ({"dtype": torch.float64}, "not float64"),
+        ({"rows": 2**31}, "at most 2147418112 rows"),
+        ({"F": 2**31}, "at most 2147418112 rows, and such widths"),
+    ],
+)
+@pytest.mark.parametrize("op", ("feed_forward_fwd", "feed_forward_bwd"))
+def test_what_feed_forward_refuses(machine, op, given, reason):
+    said = cuda.why_not(op, FeedForwardSpec("gelu"), feed_forward_tensors(**given))
+    assert said is None if reason is None else reason in said
+
+
+@pytest.mark.parametrize(
+    "capability, rows, first", [((8, 0), 4096, "cuda"), ((8, 0), 127, "triton"), ((9, 0), 4096, "triton")]
+)
+def test_feed_forward_goes_to_the_faster_kernel(machine, capability, rows, first):
+    machine.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    machine.setattr(triton, "why_not", lambda op, spec, tensors: None)
+    spec, tensors = FeedForwardSpec("gelu"), feed_forward_tensors(rows)
+    for op in ("feed_forward_fwd", "feed_forward_bwd"):
+        assert dispatch.choose(op, spec, tensors, "auto") is dispatch.BACKENDS[first]
+        assert dispatch.choose(op, spec, tensors, "cuda") is cuda
+
+
 @pytest.mark.parametrize("capability, first", [((8, 0), "cuda"), ((12, 0), "cuda"), ((9, 0), "triton")])
 def test_attention_goes_to_the_faster_kernel(machine, capability, first):
     machine.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -199,7 +241,7 @@ def test_giving_way_is_explained(machine):
         query = torch.empty(2, 4, 64, 32, device="cuda", dtype=torch.bfloat16)
         explanation = fastformer.explain(fastformer.attention, query, query, query)
     assert explanation.backend == "triton"
-    said = "cuda serves {} too, and gives way to triton on this device"
+    said = "cuda serves {} too, and gives way to triton here"
     assert explanation.notes == tuple(said.format(op) for op in ("attention_fwd", "attention_bwd"))
 
 
@@ -283,6 +325,49 @@ def test_backward_plans_cover_every_column(ptx_cache, rows, columns, dtype, grad
         assert p.partial_rows == plan.columns.grid_y
     assert p.partial_rows * 2 * p.partial_stride * 4 < 2**28, "the shares should fit the L2"
     assert 1 <= plan.reduce.block_y <= 16 and plan.reduce.grid_x * 32 >= columns
+
+
+SIZE = st.integers(1, 300) | st.integers(1, 100_000)
+
+
+@hypothesis.given(
+    kernel=st.integers(0, 4),
+    M=SIZE,
+    N=SIZE,
+    K=st.just(0) | SIZE,
+    gated=st.booleans(),
+    sms=st.integers(1, 200),
+)
+@hypothesis.settings(max_examples=200)
+def test_products_are_covered(ptx_cache, kernel, M, N, K, gated, sms):
+    """Every tile, and all of k, once."""
+    gated = gated and KERNELS[kernel] == "hidden"
+    rows = GemmOperand(4096, 8 * (max(M, N, K) // 8 + 1))
+    p, plan = GemmParams(a=rows, b=rows, out=4096, M=M, N=N, K=K, gated=gated), GemmPlan()
+    plans().plan_product(kernel, ctypes.byref(p), sms, ctypes.byref(plan))
+    width = 64 if gated else 128
+    assert p.tiles_m * 128 >= M > (p.tiles_m - 1) * 128 and p.tiles_n * width >= N > (p.tiles_n - 1) * width
+    assert plan.grid == p.tiles_m * p.tiles_n * plan.parts and plan.threads == 128
+    assert plan.parts * p.depth >= K and (K == 0 or (plan.parts - 1) * p.depth < K) and p.depth % 32 == 0
+    if plan.parts > 1:
+        assert "hidden" not in KERNELS[kernel]
+        assert plan.grid <= 2 * sms and p.depth >= 512 - 32
+    widths = {"a": M if KERNELS[kernel] == "weight_gradient" else K, "b": N if kernel > 1 else K, "c": N}
+    for name, width in widths.items():
+        assert getattr(p, f"aligned_{name}") == (width % 8 == 0)
+
+
+@hypothesis.given(rows=st.just(0) | SIZE, columns=SIZE)
+@hypothesis.settings(max_examples=200)
+def test_sums_of_columns_take_every_row_once(ptx_cache, rows, columns):
+    p, plan = ColumnSumsParams(rows=rows, columns=columns), ColumnSumsPlan()
+    plans().plan_sums(ctypes.byref(p), ctypes.byref(plan))
+    assert plan.grid_x * plan.block_x >= columns > (plan.grid_x - 1) * plan.block_x
+    assert plan.grid_y * p.depth >= rows and (rows == 0 or (plan.grid_y - 1) * p.depth < rows)
+    assert plan.block_x * plan.block_y == 256 and plan.block_y in (1, 8)
+    again = ColumnSumsParams(rows=plan.grid_y, columns=columns)
+    plans().plan_sums(ctypes.byref(again), ctypes.byref(plan))
+    assert plan.grid_y == 1, "two stages are enough"
 
 
 @pytest.mark.slow

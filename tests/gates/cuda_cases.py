@@ -18,7 +18,7 @@ from .case import Case, Compiled
 # What was compiled and read is kept here, unless pytest has a place for it.
 CACHE = Path(__file__).parents[2] / "build" / "gates"
 _SOURCES = Path(__file__).parents[1] / "cuda" / "instances"
-_DTYPES = {"bfloat16": 1, "float16": 2}
+DTYPES = {"bfloat16": 1, "float16": 2}
 _KINDS = ("whole", "padded", "general")
 _WIDTHS = (32, 64, 96, 128, 192, 256)
 _BACKWARD_WIDTHS = (64, 128, 256)
@@ -26,14 +26,19 @@ _BACKWARD_WIDTHS = (64, 128, 256)
 _BUILT = {"sm_86": "80", "sm_89": "80"}
 
 
-def _plans() -> ctypes.CDLL:
+def _keep_what_is_compiled() -> None:
     if nvcc.cache_folder is None:
         CACHE.mkdir(parents=True, exist_ok=True)
         nvcc.cache_folder = CACHE
+
+
+def _plans() -> ctypes.CDLL:
+    _keep_what_is_compiled()
     return plans()
 
 
 def cubin_of(source: str, target: str, **defined: int | str) -> bytes:
+    _keep_what_is_compiled()
     arch = _BUILT.get(target, target.removeprefix("sm_"))
     flags = (f"-D{name}={value}" for name, value in defined.items())
     return nvcc.compile_cubin(_SOURCES / source, arch, f"-I{CSRC}", f"-I{CSRC / 'cuda'}", *flags)
@@ -46,7 +51,7 @@ def _named(width: int, tile: ctypes.Structure) -> str:
 
 def _compile(width: int, dtype: str, kind: str, target: str) -> Compiled:
     number = _KINDS.index(kind)
-    cubin = cubin_of("attention_fwd.cu", target, TYPE=_DTYPES[dtype], WIDTH=width, KIND=number)
+    cubin = cubin_of("attention_fwd.cu", target, TYPE=DTYPES[dtype], WIDTH=width, KIND=number)
     tile = AttentionTile()
     shared = _plans().attention_tile(width, number, ctypes.byref(tile))
     return Compiled("attention_fwd", _named(width, tile), cubin, shared)
@@ -54,7 +59,7 @@ def _compile(width: int, dtype: str, kind: str, target: str) -> Compiled:
 
 def _compile_backward(width: int, dtype: str, plain: bool, target: str) -> Compiled:
     """The pass over keys; beside it the others are nothing."""
-    defined = {"TYPE": _DTYPES[dtype], "WIDTH": width, "PLAIN": int(plain)}
+    defined = {"TYPE": DTYPES[dtype], "WIDTH": width, "PLAIN": int(plain)}
     cubin = cubin_of("attention_bwd.cu", target, **defined, KEYS_ALONE=1)
     tile = BackwardTile()
     shared = _plans().attention_backward_tile(width, plain, ctypes.byref(tile))
@@ -71,7 +76,7 @@ def cuda_attention_cases(op: str, target: str) -> Iterator[Case]:
         return
     major = int(target.removeprefix("sm_")) // 10
     for width in _WIDTHS:
-        for dtype in _DTYPES:
+        for dtype in DTYPES:
             for number, kind in enumerate(_KINDS):
                 if not _plans().attention_is_chosen(width, number, major):
                     continue
@@ -87,7 +92,7 @@ def cuda_attention_backward_cases(op: str, target: str) -> Iterator[Case]:
         return
     most = ctypes.c_int64(SHARED_LIMIT[target])
     for width in _BACKWARD_WIDTHS:
-        for dtype in _DTYPES:
+        for dtype in DTYPES:
             for plain in (True, False):
                 if plain and not _plans().attention_backward_is_plain(width, most):
                     continue

@@ -16,14 +16,22 @@ from .readings import CASES
 
 # {operator: the tables that its tiles come from}; the norms' cases go by configs.norm_configs.
 TABLES = {
-    "attention": ("_PLAIN", "_MORE", "_FLOAT32", "_PLAIN_BWD", "_MORE_BWD", "_FLOAT32_BWD"),
+    "attention": (
+        "_PLAIN",
+        "_MORE",
+        "_FLOAT32",
+        "_FLOAT32_FEW",
+        "_PLAIN_BWD",
+        "_MORE_BWD",
+        "_FLOAT32_BWD",
+    ),
     "feed_forward": ("_GEMM", "_UNALIGNED"),
 }
 CHOOSERS = (configs.attention_fwd_config, configs.attention_bwd_config, configs.gemm_config)
 # Of one target. On one core a case of a norm takes a second, one of the others 3 to 12.
 MOST_CASES = {"norm": 260, "attention": 85, "feed_forward": 40}
 # The same of kernels in CUDA C++, which take 4.
-MOST_COMPILED = {"norm": 0, "attention": 47, "feed_forward": 0}
+MOST_COMPILED = {"norm": 0, "attention": 47, "feed_forward": 10}
 
 
 def relabelled(table, labels, path=()):
@@ -46,6 +54,8 @@ def stands_for(place, target):
     name, key, *_ = place
     if name in ("_PLAIN", "_MORE", "_PLAIN_BWD"):
         return key == (target if target in getattr(configs, name) else "sm_80")
+    if name == "_FLOAT32_FEW":
+        return target.startswith("sm_")
     return name != "_GEMM" or key == configs._FAMILY.get(target, "mma")
 
 
@@ -89,10 +99,18 @@ def test_every_entry_is_reached(monkeypatch, places, target, operator):
     # Of AMD's chips only the stages are the entry's.
     reached = {launch.options.get(name) for launch in launches for name in ("num_warps", "num_stages")}
     assert wanted and not [place for label, place in wanted.items() if label not in reached]
-    # Of few queries only a tile's keys and stages are the entry's.
+    # Of few queries in 16 bits only a tile's keys and stages are the entry's.
     few = {launch.options.get("num_stages") for launch in launches if launch.options.get("BLOCK_M") == 16}
-    forward = {label: place for label, place in wanted.items() if place[0] in ("_PLAIN", "_MORE", "_FLOAT32")}
+    tables = ("_PLAIN", "_MORE", "_FLOAT32_FEW" if target.startswith("sm_") else "_FLOAT32")
+    forward = {label: place for label, place in wanted.items() if place[0] in tables}
     assert not [place for label, place in forward.items() if label not in few]
+
+
+@pytest.mark.parametrize("operator", MOST_CASES)
+def test_every_launch_tells_whether_multiplications_may_be_fused(monkeypatch, operator):
+    launches = launches_of(monkeypatch, "sm_90", operator)
+    untold = {launch.kernel.__name__ for launch in launches if "enable_fp_fusion" not in launch.options}
+    assert launches and not untold
 
 
 @pytest.mark.parametrize("operator", MOST_CASES)

@@ -5,15 +5,20 @@ from __future__ import annotations
 from concurrent.futures import Future
 
 import pytest
+import torch
+from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("triton")
 
+from fastformer import dispatch
+from fastformer.backends import cuda, triton
+from fastformer.specs import AttentionSpec
 from tests.ptxvm import nvcc
 from tests.triton.offline import SHARED_LIMIT, TARGETS
 
 from .__main__ import main
 from .hot_loop import HotLoop
-from .limits import EXCUSED_SPILLS, LIMITS, MOST_SPILLED, RUN_PRODUCTS, misses, useful
+from .limits import EXCUSED_SPILLS, LIMITS, MOST_SPILLED, RUN_PRODUCTS, SECOND_CHOICE, misses, useful
 from .readings import CASES, Reading, read
 
 # (operator and direction, target, case).
@@ -37,6 +42,8 @@ SOME = [
     ("attention_bwd_cuda", "sm_80", "D=64 bfloat16 plain"),
     ("attention_bwd_cuda", "sm_90", "D=128 float16 general"),
     ("attention_sums_cuda", "sm_80", "every call"),
+    ("feed_forward_cuda", "sm_80", "bfloat16 hidden_gradient"),
+    ("feed_forward_cuda", "sm_120", "float16 weight_gradient"),
 ]
 
 
@@ -126,7 +133,7 @@ def test_what_is_computed_twice_counts_against_the_kernels(monkeypatch):
     assert found.nt == pytest.approx(2.0 * 7 / 5)
     assert found.serial == pytest.approx(0.6 * 5 / 7)
     assert found.w1 == pytest.approx(0.7 * 5 / 7)
-    assert LIMITS["attention_bwd", "sm_80", 128].most_nt == 1.8
+    assert SECOND_CHOICE["attention_bwd", "sm_80", 128].most_nt == 2.7
     (sentence,) = misses(both)
     assert "nt is 2.80" in sentence
 
@@ -161,6 +168,24 @@ def test_the_command_fails_on_a_miss(monkeypatch, capsys):
     assert "5 cases, 4 kernels; 2 cases miss a limit" in printed
     found[:] = [good]
     assert main([*some, "C=64 align=8 bfloat16 dropout"]) == 0
+
+
+@pytest.mark.parametrize("op, target, dim", SECOND_CHOICE)
+def test_only_what_comes_second_is_held_to_less(monkeypatch, op, target, dim):
+    """The limit itself binds the kernel that "auto" runs there."""
+    assert (op, target, dim) not in LIMITS
+    first, second = LIMITS[f"{op}_cuda", target, dim], SECOND_CHOICE[op, target, dim]
+    assert first.most_nt < second.most_nt and first.least_w1 >= second.least_w1
+    for backend in (cuda, triton):
+        monkeypatch.setattr(backend, "_unusable", lambda device: None)
+    capability = divmod(int(target.removeprefix("sm_")), 10)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        rows = torch.empty(4, 16, 4096, dim, dtype=torch.bfloat16, device="cuda")
+    call = op, AttentionSpec(0.1), (rows, rows, rows, *(None,) * 9), "auto"
+    assert dispatch.choose(*call) is cuda
+    monkeypatch.setattr(cuda, "gives_way", lambda op, device: True)
+    assert dispatch.choose(*call) is triton
 
 
 def test_what_is_excused_is_little_and_a_case():

@@ -34,6 +34,16 @@ def test_some_cases(emulation, name):
     judge_case(name, BF16)
 
 
+def test_few_queries_of_grouped_heads(emulation):
+    """Rows of a tile are of several heads, and the keys are split."""
+    d = Draw(BF16)
+    inputs = attention_inputs(1, 6, 3, 600, 24, D_v=40, H_kv=2, dtype=BF16)
+    inputs |= {"mask": d.dead_rows(6, 3, 600), "bias": d.floats(6, 3, 600), "sink": d.floats(6)}
+    inputs |= {"relative_bias": d.floats(6, 602), "causal": "lower_right"}
+    judge_attention(without_grad(inputs) | {"return_lse": True}, backend="triton")
+    assert "_combine_kernel" in emulation.counters
+
+
 def plain_inputs(D, dtype=BF16, **more):
     """Two full blocks of the widest and a ragged one; two tiles of queries."""
     return attention_inputs(B=1, H=2, H_kv=1, M=140, N=300, D=D, dtype=dtype) | {"return_lse": True} | more

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fastformer.triton_kernels import configs
 
 import fastformer
 from fastformer.testing import attention_inputs
 from tests.ops import philox
 from tests.ops.attention_cases import CASES, PACKED, Draw, call, kernels_serve, packed_call
+from tests.ops.attention_draws import Drawn
 from tests.ops.attention_judge import judge_attention
 from tests.ops.dropout_calls import assert_keeps, attention_scaled_keep
 from tests.ops.judging import DTYPES, without_grad
 from tests.ops.test_attention_properties import ALL, PAIRS, WITHOUT_SHRINKING, sweep
 
+F32, F16 = torch.float32, torch.float16
 FORWARD_FEATURES = tuple(dict.fromkeys(name for features in ALL for name in features if name != "weights"))
 LAYOUTS = ("transposed", "sliced", "unaligned", "last_strided", "broadcast")
 
@@ -97,6 +100,41 @@ def test_many_keys_are_split(M, more):
     judge_attention(inputs, backend="triton")
     inputs["mask"] = None
     judge_attention(inputs | {"key_lengths": torch.tensor([1500, 3])}, backend="triton")
+
+
+@pytest.mark.parametrize("masked", ("", "M", "HM"))
+@pytest.mark.parametrize(("M", "N", "dtype"), [(1, 60, F16), (7, 90, F32), (3, 700, F32)])
+def test_few_queries_of_grouped_heads(M, N, dtype, masked):
+    """Three heads read a key head: rows of a tile, or of two, each with the head's own arguments. A mask for
+    all queries alike may differ by head, or be that of all heads (`masked`: what it is broadcast over)."""
+    over = tuple(dim in masked for dim in "BHMN")
+    nowhere = (False,) * 4
+    choices = {
+        "mask": {"broadcast": over, "layout": "contiguous", "dead_rows": not masked and M > 1},
+        "bias": {"broadcast": nowhere, "layout": "contiguous", "wide": False, "kind": "plain"},
+        "relative_bias": {"rows": "H", "wide": False},
+        "window": {"window": (N // 2, 2), "corner": "lower_right"},
+        "lengths": {"dtype": torch.int64},
+        "sink": {"wide": False, "absent": True},
+        "dropout": {"p": 0.25, "seed": 7},
+        "softcap": 3.0,
+        "lse": True,
+    }
+    drawn = Drawn(2, 6, 2, M, N, D=24, D_v=40, layout="transposed", seed=3, choices=choices)
+    check(drawn, dtype)
+
+
+def test_more_shares_than_are_added_in_a_step():
+    """Later ones hold larger scores, none at all, and the largest."""
+    inputs = attention_inputs(B=1, H=2, M=3, N=1500, D=8, D_v=200)
+    inputs["key"] *= torch.linspace(0.1, 3.0, 1500)[:, None]
+    mask = torch.ones(3, 1500, dtype=torch.bool)
+    mask[:, 900:1300] = False
+    mask[1, :1400] = False
+    mask[2] = False
+    config = configs.attention_fwd_config("sm_80", 4, 256, False, 0, 3)
+    assert config.splits(2, 1500) > configs.combined_shares(256)
+    judge_attention(inputs | {"mask": mask, "return_lse": True}, backend="triton")
 
 
 @pytest.mark.parametrize("value", (torch.nan, torch.inf), ids=str)

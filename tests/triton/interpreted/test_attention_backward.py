@@ -8,6 +8,7 @@ import torch
 import fastformer
 from fastformer.testing import attention_inputs, outputs_and_gradients, poison_keys
 from tests.ops.attention_cases import CASES, PACKED, Draw, call, kernels_serve, packed_call
+from tests.ops.attention_draws import Drawn
 from tests.ops.attention_judge import judge_attention
 from tests.ops.judging import DTYPES, assert_same_bits
 from tests.ops.test_attention_properties import ALL, FEATURES, PAIRS, WITHOUT_SHRINKING, sweep
@@ -120,3 +121,15 @@ def test_twice_the_same_bits():
     how = {"dropout_p": 0.3, "seed": 5, "causal": "lower_right", "return_lse": True, "backend": "triton"}
     first, second = (outputs_and_gradients(fastformer.attention, **inputs, **how) for _ in range(2))
     assert_same_bits(first, second)
+
+
+def test_wide_heads_with_dropout_and_biases():
+    """Whose gradients of values are added up after those of keys."""
+    nowhere = {"broadcast": (False,) * 4, "layout": "contiguous"}
+    choices = {
+        "mask": nowhere | {"dead_rows": True},
+        "bias": nowhere | {"wide": False, "kind": "plain"},
+        "dropout": {"p": 0.25, "seed": 7},
+        "lse": True,
+    }
+    check(Drawn(1, 2, 1, 20, 40, D=200, D_v=24, layout="contiguous", seed=3, choices=choices), torch.float32)

@@ -1,0 +1,112 @@
+"""Attention in every tile that configs.py can choose for any target, in PTX of sm_80 or sm_90, run by ptxvm.
+
+Tiles of other targets are emulated in the code of sm_80: what they divide is the same.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fastformer.triton_kernels import attention_bwd, attention_fwd, configs
+
+from fastformer.testing import attention_inputs
+from tests.ops.attention_cases import Draw
+from tests.ops.attention_judge import judge_attention
+
+from .offline import TARGETS, Emulation
+
+pytestmark = pytest.mark.slow
+
+F32, BF16 = torch.float32, torch.bfloat16
+# The entries' modes: as many sides of a query's keys are bounded as the mode's number, and then more.
+MODES = ("plain", "causal", "window", "more")
+N = 300
+
+
+class Call(NamedTuple):
+    told: str  # the target that the launcher chooses tiles for
+    dtype: torch.dtype
+    D: int
+    mode: str
+    M: int
+
+    @property
+    def target(self) -> str:
+        """What is emulated."""
+        return "sm_90" if self.told == "sm_90" else "sm_80"
+
+    def forward_tile(self) -> configs.AttentionFwdConfig:
+        plain, sides = self.mode != "more", min(MODES.index(self.mode), 2)
+        return configs.attention_fwd_config(self.told, self.dtype.itemsize, self.D, plain, sides, self.M)
+
+    def backward_tiles(self) -> tuple[configs.AttentionBwdConfig, configs.AttentionBwdConfig]:
+        return configs.attention_bwd_config(self.told, self.dtype.itemsize, self.D, self.mode != "more")
+
+    def inputs(self, requires_grad: bool) -> dict[str, Any]:
+        d = Draw(self.dtype)
+        rows = attention_inputs(
+            1, 2, self.M, N, self.D, H_kv=1, dtype=self.dtype, requires_grad=requires_grad
+        )
+        bias = d.floats(1, 1, self.M, N)
+        more = {
+            "plain": {},
+            "causal": {"causal": "lower_right"},
+            "window": {"window": (90, 40), "corner": "lower_right"},
+            "more": {"bias": bias if requires_grad else bias.detach(), "softcap": 5.0},
+        }
+        return rows | more[self.mode] | {"return_lse": True}
+
+
+def different(tiles_of, modes, lengths):
+    """The first call for each tile, width, type and mode on each target that is emulated.
+
+    Bounds choose no tile of float32.
+    """
+    first = {}
+    for told in ("sm_80", "sm_90", *TARGETS):
+        for dtype in (BF16, F32):
+            for D in (64, 128, 256):
+                of_type = [mode for mode in modes if dtype is BF16 or mode in ("plain", "more")]
+                for call in (Call(told, dtype, D, mode, M) for mode in of_type for M in lengths):
+                    tile = tiles_of(call)
+                    first.setdefault((tile, dtype, D, call.mode, call.M, call.target), call)
+    return [pytest.param(call, id="-".join(map(str, call)).replace("torch.", "")) for call in first.values()]
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Tiles that the launchers were given, by the name of configs.py's function."""
+    found: dict[str, list] = {"attention_fwd_config": [], "attention_bwd_config": []}
+    for module, name in zip((attention_fwd, attention_bwd), found, strict=True):
+
+        def recorded(choose, name, *arguments):
+            found[name].append(choose(*arguments))
+            return found[name][-1]
+
+        monkeypatch.setattr(module, name, partial(recorded, getattr(configs, name), name))
+    return found
+
+
+def emulate(monkeypatch, call, requires_grad):
+    Emulation(monkeypatch, call.target)
+    for module in (attention_fwd, attention_bwd):
+        monkeypatch.setattr(module, "arch", lambda device: call.told)
+    judge_attention(call.inputs(requires_grad), backend="triton")
+
+
+@pytest.mark.parametrize("call", different(Call.forward_tile, MODES, (140, 1)))
+def test_forward(monkeypatch, chosen, call):
+    emulate(monkeypatch, call, requires_grad=False)
+    assert set(chosen["attention_fwd_config"]) == {call.forward_tile()}
+
+
+@pytest.mark.parametrize("call", different(Call.backward_tiles, ("plain", "more"), (140,)))
+def test_backward(monkeypatch, chosen, call):
+    emulate(monkeypatch, call, requires_grad=True)
+    assert set(chosen["attention_bwd_config"]) == {call.backward_tiles()}
