@@ -18,10 +18,10 @@
 namespace fastformer::cuda {
 
 // Floats between rows of a total in shared memory: a warp's pairs of columns lie in all banks.
-constexpr int kSumPitch = kSumBlock + 8;
+constexpr int kSumPitch = kScoreSumBlock + 8;
 
 struct SumPass {
-  static constexpr int kBlock = kSumBlock, kThreads = kSumThreads;
+  static constexpr int kBlock = kScoreSumBlock, kThreads = kScoreSumThreads;
   // Of a tile, each of 2 x 2 warps has [16 kRowTiles, 8 kTiles].
   static constexpr int kRowTiles = 2, kTiles = 4;
   // Bytes. A stage is 64 columns of the queries' rows and of the keys'.
@@ -223,13 +223,14 @@ struct SumPass {
   }
 };
 
-// What a block writes of its total, [kSumBlock][kSumPitch] in shared memory: one of these.
+// What a block writes of its total, [kScoreSumBlock][kSumPitch] in shared memory: one of these.
 
 // Tile (m0, n0) of the target.
 __device__ __forceinline__ void write_tile(const AttentionSumsParams& p, const float* tile, void* target,
                                            int m0, int n0) {
-  const int column = static_cast<int>(threadIdx.x) % kSumBlock, j = n0 + column;
-  for (int row = static_cast<int>(threadIdx.x) / kSumBlock; row < kSumBlock; row += kSumThreads / kSumBlock) {
+  const int column = static_cast<int>(threadIdx.x) % kScoreSumBlock, j = n0 + column;
+  for (int row = static_cast<int>(threadIdx.x) / kScoreSumBlock; row < kScoreSumBlock;
+       row += kScoreSumThreads / kScoreSumBlock) {
     const int i = m0 + row;
     if (i >= p.bwd.call.M || j >= p.bwd.call.N) continue;
     const int64_t at = i * p.target.stride_m + j * p.target.stride_n;
@@ -241,9 +242,9 @@ __device__ __forceinline__ void write_tile(const AttentionSumsParams& p, const f
 __device__ __forceinline__ void write_column_sums(const AttentionSumsParams& p, const float* tile,
                                                   void* target, int n0) {
   const int column = static_cast<int>(threadIdx.x), j = n0 + column;
-  if (column >= kSumBlock || j >= p.bwd.call.N) return;
+  if (column >= kScoreSumBlock || j >= p.bwd.call.N) return;
   float sum = 0.0f;
-  for (int row = 0; row < kSumBlock; ++row) sum += tile[row * kSumPitch + column];
+  for (int row = 0; row < kScoreSumBlock; ++row) sum += tile[row * kSumPitch + column];
   store_element(target, p.target.dtype, j * p.target.stride_n, sum * p.factor);
 }
 
@@ -251,11 +252,11 @@ __device__ __forceinline__ void write_column_sums(const AttentionSumsParams& p, 
 // tiles' own diagonal on go into one share, those below into the next.
 __device__ __forceinline__ void write_diagonal_sums(const AttentionSumsParams& p, const float* tile,
                                                     void* target, int ahead) {
-  const int t = static_cast<int>(threadIdx.x) - (kSumBlock - 1);  // j - i within the tile
-  const int entry = ahead * kSumBlock + t + p.bwd.call.M - 1;
-  if (t >= kSumBlock || entry < 0 || entry >= p.target.stride_m) return;
+  const int t = static_cast<int>(threadIdx.x) - (kScoreSumBlock - 1);  // j - i within the tile
+  const int entry = ahead * kScoreSumBlock + t + p.bwd.call.M - 1;
+  if (t >= kScoreSumBlock || entry < 0 || entry >= p.target.stride_m) return;
   float sum = 0.0f;
-  for (int row = max(0, -t); row < kSumBlock - max(0, t); ++row) sum += tile[row * kSumPitch + row + t];
+  for (int row = max(0, -t); row < kScoreSumBlock - max(0, t); ++row) sum += tile[row * kSumPitch + row + t];
   static_cast<float*>(target)[(t < 0 ? p.share_stride : 0) + entry] = sum * p.factor;
 }
 
@@ -263,9 +264,9 @@ __device__ __forceinline__ void write_diagonal_sums(const AttentionSumsParams& p
 __device__ __forceinline__ void write_deltas(const AttentionSumsParams& p, const float* tile,
                                              const Head& head, int m0) {
   const int row = static_cast<int>(threadIdx.x), i = m0 + row;
-  if (row >= kSumBlock || i >= head.M) return;
+  if (row >= kScoreSumBlock || i >= head.M) return;
   float sum = 0.0f;
-  for (int column = 0; column < kSumBlock; ++column) sum += tile[row * kSumPitch + column];
+  for (int column = 0; column < kScoreSumBlock; ++column) sum += tile[row * kSumPitch + column];
   const AttentionFwdParams& call = p.bwd.call;
   p.bwd.deltas[head.b * call.stats_stride_b + head.h * call.stats_stride_h + head.first_query + i] = sum;
 }
@@ -285,7 +286,7 @@ struct SumBlock {
     part = others / p.tiles_m / p.slabs;
     b = slab / p.target_H;
     h = slab % p.target_H;
-    ahead = tile_n - ((p.bwd.call.M + kSumBlock - 1) / kSumBlock - 1);
+    ahead = tile_n - ((p.bwd.call.M + kScoreSumBlock - 1) / kScoreSumBlock - 1);
     first_m = diagonal ? max(0, -ahead) : tile_m;
     first_n = diagonal ? max(0, ahead) : tile_n;
   }
@@ -304,8 +305,8 @@ __device__ __forceinline__ void add_steps(const AttentionSumsParams& p, SumPass&
       member = step / p.inner;
       work.take_head(block.b + member / p.members_h, block.h + member % p.members_h);
     }
-    const int m0 = (block.first_m + inner * step_m) * kSumBlock;
-    const int n0 = (block.first_n + inner * step_n) * kSumBlock;
+    const int m0 = (block.first_m + inner * step_m) * kScoreSumBlock;
+    const int n0 = (block.first_n + inner * step_n) * kScoreSumBlock;
     if (work.take_tile(m0, n0)) work.add_tile();
   }
 }
@@ -329,11 +330,11 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (diagonal) {
     write_diagonal_sums(p, tile, target, block.ahead);
   } else if (p.kind == SumKind::kRow) {
-    write_column_sums(p, tile, target, block.first_n * kSumBlock);
+    write_column_sums(p, tile, target, block.first_n * kScoreSumBlock);
   } else if (p.kind == SumKind::kDeltas) {
-    write_deltas(p, tile, head, block.first_m * kSumBlock);
+    write_deltas(p, tile, head, block.first_m * kScoreSumBlock);
   } else {
-    write_tile(p, tile, target, block.first_m * kSumBlock, block.first_n * kSumBlock);
+    write_tile(p, tile, target, block.first_m * kScoreSumBlock, block.first_n * kScoreSumBlock);
   }
 }
 

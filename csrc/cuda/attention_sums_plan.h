@@ -7,8 +7,8 @@
 namespace fastformer::cuda {
 
 // A tile has so many queries and as many keys, and takes so many columns of both at a time.
-constexpr int kSumBlock = 64;
-constexpr int kSumThreads = 128;
+constexpr int kScoreSumBlock = 64;
+constexpr int kScoreSumThreads = 128;
 
 // What is summed, and over what beside the heads and batch elements that share a result.
 enum class SumKind : int32_t {
@@ -51,8 +51,8 @@ struct AttentionSumsPlan {
 // Target's sizes, 1 or the call's. Nothing of the call may be empty.
 inline AttentionSumsPlan plan_attention_sums(AttentionSumsParams& p, int32_t target_B, int32_t target_H) {
   const AttentionFwdParams& call = p.bwd.call;
-  const int32_t tiles_m = (call.M + kSumBlock - 1) / kSumBlock;
-  const int32_t tiles_n = (call.N + kSumBlock - 1) / kSumBlock;
+  const int32_t tiles_m = (call.M + kScoreSumBlock - 1) / kScoreSumBlock;
+  const int32_t tiles_n = (call.N + kScoreSumBlock - 1) / kScoreSumBlock;
   const bool over_queries = p.kind == SumKind::kRow, over_keys = p.kind == SumKind::kDeltas;
   const bool diagonal = p.kind == SumKind::kDiagonals;
   p.target_H = target_H;

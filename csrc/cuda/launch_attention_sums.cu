@@ -6,7 +6,8 @@
 namespace fastformer::cuda {
 
 cudaError_t launch_sums(const AttentionSumsPlan& plan, const AttentionSumsParams& p, cudaStream_t stream) {
-  attention_sums_kernel<kSumThreads><<<static_cast<uint32_t>(plan.grid), kSumThreads, 0, stream>>>(p);
+  attention_sums_kernel<kScoreSumThreads>
+      <<<static_cast<uint32_t>(plan.grid), kScoreSumThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

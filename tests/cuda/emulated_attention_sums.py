@@ -57,7 +57,7 @@ class AttentionSumsEmulator(AttentionEmulator):
         """Fills target, or with DELTAS, which has none, what the parameters name."""
         module = sums_module(self.arch)
         plan = AttentionSumsPlan()
-        plans().plan_sums(ctypes.byref(sums), target_B, target_H, ctypes.byref(plan))
+        plans().plan_score_sums(ctypes.byref(sums), target_B, target_H, ctypes.byref(plan))
         shares = poisoned((plan.shares * sums.share_stride,), torch.float32)
         if sums.kind == DIAGONALS:
             shares.zero_()

@@ -36,7 +36,7 @@ void plan_attention_backward(AttentionBwdParams* p, int64_t total_queries, int64
                              AttentionBwdPlan* plan) {
   *plan = plan_attention_bwd(*p, total_queries, most_shared);
 }
-void plan_sums(AttentionSumsParams* p, int32_t target_B, int32_t target_H, AttentionSumsPlan* plan) {
+void plan_score_sums(AttentionSumsParams* p, int32_t target_B, int32_t target_H, AttentionSumsPlan* plan) {
   *plan = plan_attention_sums(*p, target_B, target_H);
 }
 bool attention_backward_is_plain(int32_t block_d, int64_t most_shared) {

@@ -228,7 +228,7 @@ def test_every_tile_is_a_step_of_one_block(ptx_cache, shape, whole, kind):
     target_B, target_H = (
         size if kept or kind == DELTAS else 1 for size, kept in zip(shape, whole, strict=False)
     )
-    plans().plan_sums(ctypes.byref(p), target_B, target_H, ctypes.byref(plan))
+    plans().plan_score_sums(ctypes.byref(p), target_B, target_H, ctypes.byref(plan))
     tiles_m, tiles_n = (-(-length // 64) for length in shape[2:])
     parts = plan.grid // (p.slabs * p.tiles_m * p.tiles_n)
     assert plan.grid == parts * p.slabs * p.tiles_m * p.tiles_n

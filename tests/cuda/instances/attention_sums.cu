@@ -3,7 +3,7 @@
 
 namespace fastformer::cuda {
 
-template __global__ void attention_sums_kernel<kSumThreads>(const __grid_constant__ AttentionSumsParams);
+template __global__ void attention_sums_kernel<kScoreSumThreads>(const __grid_constant__ AttentionSumsParams);
 #if !defined(SUMS_ALONE)
 template __global__ void attention_add_shares_kernel<256>(const float*, int, int64_t, void*, DType);
 #endif
