@@ -39,7 +39,7 @@ DATA_SHEET = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
 # Products of the scores' size: two forward, five backward.
 PRODUCTS = {False: 2, True: 7}
 PASSES = 5
-TESTS = ("test_attention*.py", "test_feed_forward.py", "test_norm.py")
+TESTS = ("test_attention*.py", "test_feed_forward.py", "test_norm.py", "test_paged_attention.py")
 
 
 @dataclass(frozen=True)

@@ -12,4 +12,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastformer, CPU, m) {
   m.impl("feed_forward_fwd_cpu", TORCH_BOX(&fastformer::cpu::feed_forward_fwd));
   m.impl("norm_fwd_cpu", TORCH_BOX(&fastformer::cpu::norm_fwd));
   m.impl("norm_bwd_cpu", TORCH_BOX(&fastformer::cpu::norm_bwd));
+  m.impl("paged_attention_fwd_cpu", TORCH_BOX(&fastformer::cpu::paged_attention_fwd));
 }

@@ -99,6 +99,16 @@ struct KeyMasks {
   const int64_t* key_lengths = nullptr;  // [B], contiguous
 };
 
+// Keys and values in the pages of a cache: key j of batch element b is row j % size of page
+// table[b * stride_b + j / size * stride_n]; what is no page's number counts as the last. `key` and `value`
+// then have pages in the place of batch elements, and N is that of the longest.
+struct Pages {
+  const int32_t* table = nullptr;  // [B, pages]; null: a batch element's keys lie in rows
+  int64_t stride_b = 0, stride_n = 0;
+  int64_t size = 0, count = 0;
+  const int64_t* lengths = nullptr;  // [B]: each batch element's own N
+};
+
 // What every pass over the scores of a call knows of it:
 //   score_ij = softcap(scale q_i . k_j) + bias_ij + relative_bias[j - i + M - 1], -inf where masked
 struct Attention {
@@ -109,6 +119,7 @@ struct Attention {
   // Of packed sequences, [B + 1] each, and then M and N are those of the longest; null elsewhere.
   const int32_t* cu_seqlens_q = nullptr;
   const int32_t* cu_seqlens_k = nullptr;
+  Pages pages;
   KeyMasks masks;
   ScoreMatrix bias;                      // data null: none
   const float* relative_bias = nullptr;  // [H or 1, M + N - 1]

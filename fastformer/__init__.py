@@ -5,6 +5,7 @@ from .errors import BackendError
 from .ops.attention import attention, scaled_dot_product_attention
 from .ops.feed_forward import feed_forward
 from .ops.norm import add_norm, layer_norm, rms_norm
+from .ops.paged_attention import paged_attention
 from .patching import patch, unpatch
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "explain",
     "feed_forward",
     "layer_norm",
+    "paged_attention",
     "patch",
     "rms_norm",
     "scaled_dot_product_attention",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .backends import cpu, cuda, reference, triton
 from .errors import BackendError
-from .specs import TENSORS
+from .specs import TENSORS, WITHOUT_GRADIENT
 
 # In the order in which "auto" asks.
 BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
@@ -149,7 +149,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         _chosen.explaining = False
     operator = op.removesuffix("_fwd")
     backends, refusals = {}, {}
-    for direction in (op, operator + "_bwd"):
+    for direction in (op,) if operator in WITHOUT_GRADIENT else (op, operator + "_bwd"):
         reasons = {name: module.why_not(direction, spec, tensors) for name, module in BACKENDS.items()}
         refused = {name: reason for name, reason in reasons.items() if reason is not None}
         if backend == "auto":

@@ -44,6 +44,27 @@ ATTENTION_TENSORS = (
 
 
 @dataclass(frozen=True, slots=True)
+class PagedAttentionSpec:
+    """As AttentionSpec, with the corner of each batch element's own length: key j is visible to query i iff
+    -left <= j - i - (length - M) <= right."""
+
+    scale: float
+    left: int | None = None
+    right: int | None = None
+    softcap: float | None = None
+
+
+PAGED_ATTENTION_TENSORS = (
+    "query",  # [B, H, M, D]
+    "key_pages",  # [P, S, H_kv, D]
+    "value_pages",  # [P, S, H_kv, D_v]
+    "page_table",  # int32 [B, pages]
+    "lengths",  # int32 or int64 [B]
+    "sink",  # float [H]
+)
+
+
+@dataclass(frozen=True, slots=True)
 class NormSpec:
     """norm over the last dimension; `kind` is "layer" or "rms"."""
 
@@ -70,4 +91,11 @@ class FeedForwardSpec:
 # x [..., E], w1 [F, E], b1 [F], w_gate [F, E], b_gate [F], w2 [E_out, F], b2 [E_out], seed int64 [1].
 FEED_FORWARD_TENSORS = ("x", "w1", "b1", "w_gate", "b_gate", "w2", "b2", "seed")
 
-TENSORS = {"attention": ATTENTION_TENSORS, "norm": NORM_TENSORS, "feed_forward": FEED_FORWARD_TENSORS}
+TENSORS = {
+    "attention": ATTENTION_TENSORS,
+    "paged_attention": PAGED_ATTENTION_TENSORS,
+    "norm": NORM_TENSORS,
+    "feed_forward": FEED_FORWARD_TENSORS,
+}
+# Operators that have a forward direction alone.
+WITHOUT_GRADIENT = ("paged_attention",)

@@ -23,22 +23,27 @@ void check_broadcastable(const Tensor& tensor, const Attention& call, const char
   }
 }
 
-void check_shapes(const Tensor& query, const Tensor& key, const Tensor& value, int64_t dims) {
-  STD_TORCH_CHECK(query.dim() == dims && key.dim() == dims && value.dim() == dims,
-                  "query, key and value must be [B, H, M, D], [B, H_kv, N, D] and [B, H_kv, N, D_v], or "
-                  "packed [total, H, D]");
-  const int64_t heads = 1, rows = dims == 4 ? 2 : 0, last = dims - 1;
-  STD_TORCH_CHECK(dims == 3 || (key.size(0) == query.size(0) && value.size(0) == query.size(0)), "B differs");
-  STD_TORCH_CHECK(value.size(heads) == key.size(heads), "key and value differ in H_kv");
-  STD_TORCH_CHECK(value.size(rows) == key.size(rows), "key and value differ in N");
+// What is wanted wherever the keys lie.
+void check_operands(const Tensor& query, const Tensor& key, const Tensor& value, int64_t H_kv) {
+  const int64_t H = query.size(1), last = query.dim() - 1;
   STD_TORCH_CHECK(key.size(last) == query.size(last), "query and key differ in D");
-  STD_TORCH_CHECK(query.size(heads) == 0 || (key.size(heads) > 0 && query.size(heads) % key.size(heads) == 0),
-                  "H must be divisible by H_kv");
+  STD_TORCH_CHECK(H == 0 || (H_kv > 0 && H % H_kv == 0), "H must be divisible by H_kv");
   STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
                   "query, key and value must have one dtype");
   for (const int64_t width : {query.size(last), value.size(last)}) {
     STD_TORCH_CHECK(width >= 1 && width <= 256, "D and D_v must be 1 to 256");
   }
+}
+
+void check_shapes(const Tensor& query, const Tensor& key, const Tensor& value, int64_t dims) {
+  STD_TORCH_CHECK(query.dim() == dims && key.dim() == dims && value.dim() == dims,
+                  "query, key and value must be [B, H, M, D], [B, H_kv, N, D] and [B, H_kv, N, D_v], or "
+                  "packed [total, H, D]");
+  const int64_t heads = 1, rows = dims == 4 ? 2 : 0;
+  STD_TORCH_CHECK(dims == 3 || (key.size(0) == query.size(0) && value.size(0) == query.size(0)), "B differs");
+  STD_TORCH_CHECK(value.size(heads) == key.size(heads), "key and value differ in H_kv");
+  STD_TORCH_CHECK(value.size(rows) == key.size(rows), "key and value differ in N");
+  check_operands(query, key, value, key.size(heads));
 }
 
 // Bounds of packed sequences, contiguous: from 0 to `total`, none longer than `longest`.
@@ -58,16 +63,21 @@ Tensor checked_bounds(const Tensor& cu_seqlens, int64_t total, int64_t longest, 
   return bounds;
 }
 
-std::vector<int64_t> lengths_of(const Tensor& key_lengths, int64_t B) {
-  STD_TORCH_CHECK(key_lengths.dim() == 1 && key_lengths.size(0) == B, "key_lengths must be [B]");
-  const bool wide = key_lengths.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(wide || key_lengths.scalar_type() == ScalarType::Int, "key_lengths must be int32 or int64");
+std::vector<int64_t> lengths_of(const Tensor& tensor, int64_t B, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == B, name, " must be [B]");
+  const bool wide = tensor.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(wide || tensor.scalar_type() == ScalarType::Int, name, " must be int32 or int64");
   std::vector<int64_t> lengths(B);
   for (int64_t b = 0; b < B; ++b) {
-    const int64_t at = b * key_lengths.stride(0);
-    lengths[b] = wide ? key_lengths.const_data_ptr<int64_t>()[at] : key_lengths.const_data_ptr<int32_t>()[at];
+    const int64_t at = b * tensor.stride(0);
+    lengths[b] = wide ? tensor.const_data_ptr<int64_t>()[at] : tensor.const_data_ptr<int32_t>()[at];
   }
   return lengths;
+}
+
+// Keys or values in pages, [P, S, H_kv, width].
+HeadRows page_rows(const Tensor& tensor) {
+  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(2), tensor.stride(1)};
 }
 
 }  // namespace
@@ -184,9 +194,71 @@ void AttentionCall::set_masks(const AttentionArguments& arguments) {
     masks.key_padding_stride_n = padding->stride(1);
   }
   if (arguments.key_lengths) {
-    lengths_ = lengths_of(*arguments.key_lengths, call.B);
+    lengths_ = lengths_of(*arguments.key_lengths, call.B, "key_lengths");
     masks.key_lengths = lengths_.data();
   }
+}
+
+PagedAttentionCall::PagedAttentionCall(const Tensor& query, const Tensor& key_pages,
+                                       const Tensor& value_pages, const Tensor& page_table,
+                                       const Tensor& lengths, const std::optional<Tensor>& sink, double scale,
+                                       std::optional<int64_t> left, std::optional<int64_t> right,
+                                       std::optional<double> softcap)
+    : query_(with_contiguous_rows(query)),
+      key_pages_(with_contiguous_rows(key_pages)),
+      value_pages_(with_contiguous_rows(value_pages)),
+      sink_(sink) {
+  STD_TORCH_CHECK(query.dim() == 4 && key_pages.dim() == 4 && value_pages.dim() == 4,
+                  "query, key_pages and value_pages must be [B, H, M, D], [P, S, H_kv, D] and "
+                  "[P, S, H_kv, D_v]");
+  for (const int64_t axis : {0, 1, 2}) {
+    STD_TORCH_CHECK(key_pages.size(axis) == value_pages.size(axis),
+                    "key_pages and value_pages differ in P, S or H_kv");
+  }
+  check_operands(query, key_pages, value_pages, key_pages.size(2));
+  Attention& call = attention;
+  call.dtype = dtype_of(query_);
+  call.query = head_rows(query_);
+  call.key = page_rows(key_pages_);
+  call.value = page_rows(value_pages_);
+  call.B = query_.size(0);
+  call.H = query_.size(1);
+  call.M = query_.size(2);
+  call.D = query_.size(3);
+  call.H_kv = key_pages_.size(2);
+  call.D_v = value_pages_.size(3);
+  call.scale = static_cast<float>(scale);
+  call.softcap = static_cast<float>(softcap.value_or(0.0));
+  call.masks.left = std::min(left.value_or(kOpenSide), kOpenSide);
+  call.masks.right = std::min(right.value_or(kOpenSide), kOpenSide);
+  call.masks.lower_right = true;
+  if (sink) {
+    STD_TORCH_CHECK(sink->dim() == 1 && sink->size(0) == call.H, "sink must be [H]");
+    call.sink = sink_.data();
+  }
+  set_pages(page_table, lengths);
+}
+
+void PagedAttentionCall::set_pages(const Tensor& page_table, const Tensor& lengths) {
+  Attention& call = attention;
+  Pages& pages = call.pages;
+  STD_TORCH_CHECK(
+      page_table.scalar_type() == ScalarType::Int && page_table.dim() == 2 && page_table.size(0) == call.B,
+      "page_table must be int32 [B, pages]");
+  pages.table = page_table.const_data_ptr<int32_t>();
+  pages.stride_b = page_table.stride(0);
+  pages.stride_n = page_table.stride(1);
+  pages.count = key_pages_.size(0);
+  pages.size = key_pages_.size(1);
+  STD_TORCH_CHECK(pages.count >= 1 && pages.size >= 1, "P and S must be at least 1");
+  lengths_ = lengths_of(lengths, call.B, "lengths");
+  const int64_t most = page_table.size(1) * pages.size;
+  call.N = 0;
+  for (int64_t& length : lengths_) {
+    length = std::clamp<int64_t>(length, 0, most);
+    call.N = std::max(call.N, length);
+  }
+  pages.lengths = lengths_.data();
 }
 
 }  // namespace fastformer::cpu

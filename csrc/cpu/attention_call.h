@@ -31,6 +31,25 @@ class AttentionCall {
   int64_t total_rows_;
 };
 
+// The same of a call of paged_attention: query [B, H, M, D], and key and value [P, S, H_kv, D] in pages.
+class PagedAttentionCall {
+ public:
+  PagedAttentionCall(const Tensor& query, const Tensor& key_pages, const Tensor& value_pages,
+                     const Tensor& page_table, const Tensor& lengths, const std::optional<Tensor>& sink,
+                     double scale, std::optional<int64_t> left, std::optional<int64_t> right,
+                     std::optional<double> softcap);
+  PagedAttentionCall(const PagedAttentionCall&) = delete;
+
+  Attention attention{};
+
+ private:
+  void set_pages(const Tensor& page_table, const Tensor& lengths);
+
+  Tensor query_, key_pages_, value_pages_;
+  Float32Copy sink_;
+  std::vector<int64_t> lengths_;
+};
+
 // A copy where the last dimension is not contiguous.
 Tensor with_contiguous_rows(const Tensor& tensor);
 

@@ -41,6 +41,10 @@ struct ForwardBuffers {
     query = parts.take(rows * ldq);
     key = parts.take(key_block * call.D);
     value = parts.take(key_block * ldo);
+    if (call.pages.table) {
+      key_rows = parts.take(key_block * call.D);
+      value_rows = parts.take(key_block * call.D_v);
+    }
     out = parts.take(rows * ldo);
     scores = parts.take(kTileRows * kScoreStride);
     row_max = parts.take(rows);
@@ -61,6 +65,10 @@ struct ForwardBuffers {
   float* rescale;       // [kTileRows]
   uint8_t* is_real;     // [key_block]
   uint16_t* decisions;  // [decision_buffer(key_block)]
+
+  // Of the call's dtype, fetched from their pages; null where there are none.
+  float* key_rows = nullptr;    // [key_block, D]
+  float* value_rows = nullptr;  // [key_block, D_v]
 };
 
 // A block of keys as the tiles read it.
@@ -214,6 +222,35 @@ static void attend_tile(const Chunk<T>& chunk, const KeyBlock<T>& block, int64_t
   if (d < buffers.ldo) accumulate_output<kRows, 1>(chunk, block, begin, end, block.value + d, out + d);
 }
 
+// Rows of a block, where a tile can read them.
+template <typename T>
+struct BlockRows {
+  const T* data;
+  int64_t stride;
+};
+
+// The block's rows of key or value: as they lie or, of pages, fetched into `fetched`.
+template <typename T>
+static BlockRows<T> rows_of_block(const Chunk<T>& chunk, const KeyBlock<T>& block, const HeadRows& rows,
+                                  int64_t width, float* fetched) {
+  const Pages& pages = chunk.call.pages;
+  if (!pages.table) return {key_row<T>(rows, chunk.head, chunk.h_kv, block.first), rows.stride_row};
+  const int32_t* const table = pages.table + chunk.head.b * pages.stride_b;
+  T* const target = (T*)fetched;
+  for (int64_t n = 0; n < block.count;) {
+    const int64_t j = block.first + n, first = j % pages.size;
+    const int64_t count = smaller(pages.size - first, block.count - n);
+    const int64_t page = smaller(pages.count - 1, (uint32_t)table[j / pages.size * pages.stride_n]);
+    const T* const source =
+        (const T*)rows.data + page * rows.stride_b + chunk.h_kv * rows.stride_h + first * rows.stride_row;
+    for (int64_t row = 0; row < count; ++row) {
+      __builtin_memcpy(target + (n + row) * width, source + row * rows.stride_row, width * sizeof(T));
+    }
+    n += count;
+  }
+  return {target, width};
+}
+
 // Packs the block's keys and their values. False where no query sees any of them.
 template <typename T>
 static bool pack_keys(const Chunk<T>& chunk, KeyBlock<T>& block) {
@@ -222,23 +259,24 @@ static bool pack_keys(const Chunk<T>& chunk, KeyBlock<T>& block) {
   const int64_t real = chunk.head.visibility.real_keys(block.first, block.count, buffers.is_real);
   if (real == 0) return false;
   block.is_real = real == block.count ? nullptr : buffers.is_real;
-  block.key = key_row<T>(call.key, chunk.head, chunk.h_kv, block.first);
-  block.key_stride = call.key.stride_row;
+  const BlockRows<T> keys = rows_of_block(chunk, block, call.key, call.D, buffers.key_rows);
+  block.key = keys.data;
+  block.key_stride = keys.stride;
   if (!chunk.is_few()) {
     pack_panels(block.key, block.key_stride, block.count, call.D, block.is_real, buffers.key);
   }
-  const T* const value = key_row<T>(call.value, chunk.head, chunk.h_kv, block.first);
+  const BlockRows<T> values = rows_of_block(chunk, block, call.value, call.D_v, buffers.value_rows);
   if constexpr (sizeof(T) == sizeof(float)) {
     // As it lies, if nothing in it must be hidden and its rows suit the tiles. Distant rows are worth
     // gathering where many queries read them.
-    const bool near_rows = call.value.stride_row == call.D_v || chunk.rows <= 2 * kTileRows;
+    const bool near_rows = values.stride == call.D_v || chunk.rows <= 2 * kTileRows;
     if (!block.is_real && near_rows && call.D_v % kLanes == 0) {
-      block.value = value;
-      block.value_stride = call.value.stride_row;
+      block.value = values.data;
+      block.value_stride = values.stride;
       return true;
     }
   }
-  pack_rows(value, call.value.stride_row, block.count, call.D_v, block.is_real, 1.0f, buffers.value,
+  pack_rows(values.data, values.stride, block.count, call.D_v, block.is_real, 1.0f, buffers.value,
             buffers.ldo);
   block.value = buffers.value;
   block.value_stride = buffers.ldo;

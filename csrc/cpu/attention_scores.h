@@ -27,7 +27,9 @@ struct Head {
         first_query(call.cu_seqlens_q ? call.cu_seqlens_q[b] : 0),
         first_key(call.cu_seqlens_k ? call.cu_seqlens_k[b] : 0),
         M(call.cu_seqlens_q ? call.cu_seqlens_q[b + 1] - first_query : call.M),
-        N(call.cu_seqlens_k ? call.cu_seqlens_k[b + 1] - first_key : call.N),
+        N(call.cu_seqlens_k    ? call.cu_seqlens_k[b + 1] - first_key
+          : call.pages.lengths ? call.pages.lengths[b]
+                               : call.N),
         visibility(call.masks, b, h, M, N) {}
 
   // Query row i of this head, in query, out or their gradients.

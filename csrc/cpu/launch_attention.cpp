@@ -1,4 +1,4 @@
-// attention_fwd_cpu: its outputs, and the division of work over threads.
+// attention_fwd_cpu and paged_attention_fwd_cpu: their outputs, and the division of work over threads.
 #include "launch_attention.h"
 
 #include <algorithm>
@@ -32,19 +32,15 @@ void divide_work(AttentionFwd& fwd) {
   fwd.chunks = ceil_divide(call.M, std::max<int64_t>(fwd.chunk_rows, 1));
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(FASTFORMER_ATTENTION_PARAMETERS) {
-  const AttentionCall call(FASTFORMER_ATTENTION_ARGUMENTS);
+// out, lse, row_max, row_sum of a call with these queries.
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Attention& attention, const Tensor& query) {
   AttentionFwd fwd{};
-  fwd.attention = call.attention;
-  const Attention& attention = fwd.attention;
-
+  fwd.attention = attention;
   std::vector<int64_t> sizes = sizes_of(query);
   sizes.back() = attention.D_v;
   Tensor out = empty(sizes, attention.dtype);
   sizes.pop_back();
-  if (call.packed()) std::swap(sizes[0], sizes[1]);
+  if (attention.cu_seqlens_q) std::swap(sizes[0], sizes[1]);
   Tensor lse = empty(sizes, DType::kFloat32);
   Tensor row_max = empty(sizes, DType::kFloat32);
   Tensor row_sum = empty(sizes, DType::kFloat32);
@@ -57,6 +53,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(FASTFORMER_ATTENTION_PA
   run_items(items, products_of_head(attention) / std::max<int64_t>(fwd.chunks, 1),
             [&](WorkQueue& queue) { kernels().attention.fwd(fwd, queue); });
   return {out, lse, row_max, row_sum};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(FASTFORMER_ATTENTION_PARAMETERS) {
+  const AttentionCall call(FASTFORMER_ATTENTION_ARGUMENTS);
+  return forward(call.attention, query);
+}
+
+std::tuple<Tensor, Tensor> paged_attention_fwd(const Tensor& query, const Tensor& key_pages,
+                                               const Tensor& value_pages, const Tensor& page_table,
+                                               const Tensor& lengths, const std::optional<Tensor>& sink,
+                                               double scale, std::optional<int64_t> left,
+                                               std::optional<int64_t> right, std::optional<double> softcap) {
+  const PagedAttentionCall call(query, key_pages, value_pages, page_table, lengths, sink, scale, left, right,
+                                softcap);
+  const auto outputs = forward(call.attention, query);
+  return {std::get<0>(outputs), std::get<1>(outputs)};
 }
 
 }  // namespace fastformer::cpu

@@ -23,6 +23,7 @@ _SERVED = (
     "norm_bwd",
     "attention_fwd",
     "attention_bwd",
+    "paged_attention_fwd",
     "feed_forward_fwd",
     "feed_forward_bwd",
 )
@@ -49,7 +50,7 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
         return refusal
     if op in ("norm_fwd", "norm_bwd"):
         return "it takes rows of at least one column" if first.shape[-1] == 0 else None
-    if op in ("attention_fwd", "attention_bwd"):
+    if op in ("attention_fwd", "attention_bwd", "paged_attention_fwd"):
         return _attention_refusal(tensors)
     _, w1, _, _, _, w2, *_ = tensors
     if any(matrix is not None and 0 in matrix.shape for matrix in (w1, w2)):

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..specs import AttentionSpec, FeedForwardSpec, NormSpec
+from ..specs import AttentionSpec, FeedForwardSpec, NormSpec, PagedAttentionSpec
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -114,6 +114,13 @@ def attention_bwd(
         grad_out, grad_lse, grad_weights, *saved, *_spread(spec), *needs[3:]
     )
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def paged_attention_fwd(
+    backend: str, spec: PagedAttentionSpec, *tensors: Tensor | None
+) -> tuple[Tensor, ...]:
+    """out, lse."""
+    return _raw("paged_attention_fwd", backend)(*tensors, spec.scale, spec.left, spec.right, spec.softcap)
 
 
 def feed_forward_fwd(

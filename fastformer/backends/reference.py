@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..specs import AttentionSpec, FeedForwardSpec, NormSpec
+from ..specs import AttentionSpec, FeedForwardSpec, NormSpec, PagedAttentionSpec
 from .philox import dropout_scale, keep_consecutive, keep_fragments
 
 
@@ -265,6 +265,28 @@ def attention_bwd(
 
 def _given(grad: Tensor | None, output: Tensor) -> Tensor:
     return torch.zeros_like(output) if grad is None else grad
+
+
+def paged_attention(
+    spec: PagedAttentionSpec,
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    sink: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """out, lse: attention of a padded batch of which every element has the corner of its own length."""
+    M, (P, S) = query.shape[2], key_pages.shape[:2]
+    # Past a sequence's last page the table may hold anything; what is no page's number counts as the last.
+    pages = torch.where((page_table >= 0) & (page_table < P), page_table, P - 1).long()
+    key, value = (cache[pages].flatten(1, 2).transpose(1, 2) for cache in (key_pages, value_pages))
+    lengths_k = lengths.long().clamp(0, page_table.shape[1] * S)
+    asked = AttentionSpec(spec.scale, spec.left, spec.right, True, spec.softcap)
+    out, lse, _ = _attention_padded(
+        asked, query, key, value, None, None, torch.full_like(lengths_k, M), lengths_k, None, None, sink, None
+    )
+    return out, lse
 
 
 def norm(

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from . import raw_ops
+from ..specs import PagedAttentionSpec
+from . import paged, raw_ops
 
 # {raw operator: the module of its launcher, which the first call imports}.
 _LAUNCHERS = {
@@ -31,6 +32,7 @@ _LAUNCHERS = {
     "feed_forward_fwd": "feed_forward",
     "feed_forward_bwd": "feed_forward_bwd",
 }
+_SERVED = (*_LAUNCHERS, "paged_attention_fwd")
 # Grids and row numbers are 32-bit.
 _MAX_ROWS = 2**31 - 1
 # A product counts past the last row and the last column of k to the end of its tile.
@@ -92,7 +94,7 @@ def _unusable(device: torch.device) -> str | None:
 
 def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
     """None if `op` on these tensors can be served, else the reason in one sentence."""
-    if op not in _LAUNCHERS:
+    if op not in _SERVED:
         return f"it has no {op} yet"
     first = tensors[0]
     assert first is not None
@@ -105,19 +107,21 @@ def _size_refusal(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     most = _MAX_FEED_FORWARD_ROWS if op.startswith("feed_forward") else _MAX_ROWS
     if math.prod(first.shape[:-1]) > most:
         return f"its kernels take at most {most} rows"
-    if op.startswith("attention"):
+    if "attention" in op:
         value = tensors[2]
         assert value is not None
         for name, width in (("query", first.shape[-1]), ("value", value.shape[-1])):
             if not 1 <= width <= _MAX_HEAD_DIM:
                 return f"its attention takes head dims of 1 to {_MAX_HEAD_DIM}, and {name}'s is {width}"
-    return None
+    return paged.refusal(tensors) if op == "paged_attention_fwd" else None
 
 
 def configuration(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | None:
     """The tiles that `op`, which is served, chooses for these tensors, those of forward for backward too."""
     from ..triton_kernels.chosen import TILES
 
+    if op == "paged_attention_fwd":
+        return _packed_configuration(spec, tensors)
     if op not in TILES or any(tensor is not None and tensor.numel() == 0 for tensor in tensors):
         return None
     on_gpu = any(tensor is not None and tensor.device.type == "cuda" for tensor in tensors)
@@ -129,7 +133,20 @@ def configuration(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str
     )
 
 
-globals().update(raw_ops.functions("triton", _LAUNCHERS))
+def _packed_configuration(spec: PagedAttentionSpec, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """That of attention on what is gathered. Nothing is: fake tensors have no memory."""
+    from torch._subclasses import FakeTensor, FakeTensorMode
+
+    if any(isinstance(tensor, FakeTensor) or tensor.numel() == 0 for tensor in tensors if tensor is not None):
+        return None
+    with FakeTensorMode() as mode:
+        fakes = [None if tensor is None else mode.from_tensor(tensor) for tensor in tensors]
+        arguments: list[Any] = [*fakes, spec.scale, spec.left, spec.right, spec.softcap]
+        asked, gathered = paged.packed(*arguments)
+    return configuration("attention_fwd", asked, gathered)
+
+
+globals().update(raw_ops.functions("triton", _SERVED))
 
 
 @functools.cache
@@ -146,3 +163,4 @@ _library = Library("fastformer", "IMPL")
 for _key in ("CUDA", "CPU"):  # CPU: the interpreter
     for _op in _LAUNCHERS:
         _library.impl(f"{_op}_triton", partial(_launch, _op), _key)
+    _library.impl("paged_attention_fwd_triton", partial(paged.paged_attention_fwd, "triton"), _key)

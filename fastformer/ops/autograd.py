@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 
 from ..backends import reference
 from ..dispatch import choose, requested
+from ..specs import WITHOUT_GRADIENT
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -70,8 +71,9 @@ def run(operator: Operator, spec: Any, tensors: Tensors, backend: str | None) ->
     name = requested(backend)
     forward = choose(operator.name + "_fwd", spec, tensors, name)
     transformed = torch._C._are_functorch_transforms_active()
-    # Dynamo can trace neither Function under vmap of grad.
-    if forward is reference or _forward_mode() or (transformed and torch.compiler.is_compiling()):
+    # Dynamo can trace neither Function under vmap of grad, and kernels alone know nothing of transforms.
+    composed = transformed and (torch.compiler.is_compiling() or operator.name in WITHOUT_GRADIENT)
+    if forward is reference or _forward_mode() or composed:
         return operator.composition(spec, tensors)
     wants_grad = _wants_grad(tensors)
     if not transformed and not wants_grad:

@@ -164,6 +164,47 @@ def packed_attention(query, key, value, *, return_lse=False, return_weights=Fals
     return results[0] if len(results) == 1 else tuple(results)
 
 
+def paged_attention(
+    query,
+    key_pages,
+    value_pages,
+    page_table,
+    lengths,
+    *,
+    causal=True,
+    window=None,
+    softcap=None,
+    sink=None,
+    scale=None,
+    return_lse=False,
+):
+    """Batch element after batch element, on its own keys, fetched from their places one by one."""
+    S = key_pages.shape[1]
+    results = []
+    for b, length in enumerate(lengths.tolist()):
+        places = [(int(page_table[b, n // S]), n % S) for n in range(length)]
+        key, value = (
+            torch.stack([cache.new_zeros(cache.shape[2:]), *(cache[place] for place in places)], 1)[:, 1:]
+            for cache in (key_pages, value_pages)
+        )  # [H_kv, N, D]
+        results.append(
+            attention(
+                query[b : b + 1],
+                key[None],
+                value[None],
+                causal="lower_right" if causal else False,
+                window=window,
+                corner="lower_right",
+                softcap=softcap,
+                sink=sink,
+                scale=scale,
+                return_lse=True,
+            )
+        )
+    out, lse = (torch.cat(parts) for parts in zip(*results, strict=True))
+    return (out, lse) if return_lse else out
+
+
 def norm(s, weight=None, bias=None, *, kind="layer", eps=1e-5):
     shape = s.shape[-1:]
     weight, bias = (t if t is None else t.to(s.dtype) for t in (weight, bias))

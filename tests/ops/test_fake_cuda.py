@@ -40,6 +40,10 @@ def feed_forward(x, w1, w2, w_gate):
     return fastformer.feed_forward(x, w1, None, w2, None, w_gate=w_gate, activation="swiglu")
 
 
+def paged_attention(*tensors):
+    return fastformer.paged_attention(*tensors, window=(30, None), return_lse=True)
+
+
 # {operator: (call, shapes and dtypes of its tensors for n rows)}.
 CALLS = {
     "attention": (
@@ -49,6 +53,15 @@ CALLS = {
             ((2, 1, n, 3 * n), torch.bool),
             ((1, H, n, 3 * n), BF16),
             ((1,), torch.int64),
+        ),
+    ),
+    "paged_attention": (
+        paged_attention,
+        lambda n: (
+            ((2, H, n, D), BF16),
+            *(((5 * n, 2 * n, 2, D), BF16),) * 2,
+            ((2, 3 * n), torch.int32),
+            ((2,), torch.int64),
         ),
     ),
     "norm": (

@@ -9,6 +9,7 @@ from fastformer.testing import attention_inputs, feed_forward_inputs, norm_input
 
 from .attention_cases import Draw, cumulated
 from .judging import BACKENDS, skip_unless_built
+from .paged_cases import floats, paged_inputs
 
 KERNELS = [backend for backend in BACKENDS if backend not in ("reference", None)]
 
@@ -62,6 +63,14 @@ def attention_calls(op, backend):
                 yield (None, torch.ones_like(lse), None, *saved, *everything)
 
 
+def paged_attention_calls(op, backend):
+    shape = {"S": 4, "M": 3, "H": H, "H_kv": H_KV, "D": D}
+    tensors = tuple(paged_inputs((9, 2, 0), D_v=D_V, **shape).values())
+    yield (*tensors, None, 0.3, None, 0, None)
+    strided = paged_inputs((9, 2, 0), layout="heads first", wide_lengths=False, **shape)
+    yield (*strided.values(), floats(H), 0.3, 3, 2, 5.0)
+
+
 def norm_calls(op, backend):
     x, residual, weight, bias = norm_inputs(3, 4, 16).values()
     if op == "norm_fwd":
@@ -94,6 +103,7 @@ def feed_forward_calls(op, backend):
 
 CALLS = {
     **dict.fromkeys(("attention_fwd", "attention_weights", "attention_bwd"), attention_calls),
+    "paged_attention_fwd": paged_attention_calls,
     **dict.fromkeys(("norm_fwd", "norm_bwd"), norm_calls),
     **dict.fromkeys(("feed_forward_fwd", "feed_forward_bwd"), feed_forward_calls),
 }

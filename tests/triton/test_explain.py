@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 import fastformer
 from fastformer.backends import triton as backend
 from fastformer.testing import attention_inputs, feed_forward_inputs, outputs_and_gradients
+from tests.ops.paged_cases import paged_inputs
 
 from .offline import catch_launches
 
@@ -86,6 +87,20 @@ def test_tiles_of_attention_are_those_launched(launches, D, M, more):
     assert explanation.configurations["attention_fwd"].startswith(tile("_attention_fwd_kernel"))
     keys, queries = tile("_key_gradients_kernel"), tile("_query_gradients_kernel")
     assert explanation.configurations["attention_bwd"] == f"keys: {keys}; queries: {queries}"
+
+
+@pytest.mark.parametrize("M", (1, 20))
+def test_tiles_of_paged_attention_are_those_launched(launches, M):
+    inputs = paged_inputs((40, 0, 33), M=M, D=64, dtype=torch.bfloat16)
+    call = partial(fastformer.paged_attention, backend="triton")
+    explanation = fastformer.explain(call, **inputs)
+    assert not launches
+    call(**inputs)
+    chosen = launches[0].options
+    tile = ", ".join(f"{name}={chosen[name.upper()]}" for name in ("block_m", "block_n"))
+    assert explanation.configurations["paged_attention_fwd"].startswith(tile)
+    without_queries = inputs | {"query": inputs["query"][:, :, :0]}
+    assert fastformer.explain(call, **without_queries).configurations == {}
 
 
 @pytest.mark.parametrize(

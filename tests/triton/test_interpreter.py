@@ -12,6 +12,8 @@ import pytest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 ROOT = Path(__file__).parents[2]
+# Cases of tests/ops/paged_cases.py: keys of many pages, more queries than keys, and a window.
+PAGED = ("page size 17-torch.float16", "fewer keys than queries-torch.bfloat16", "window-torch.float32")
 
 
 def run_interpreted(*arguments):
@@ -33,7 +35,9 @@ def test_kernels():
 
 def test_some_of_the_contract():
     hidden = "tests/ops/test_attention_hidden.py::test_keys_hidden_from_every_query_change_no_bit"
-    some = (f"{hidden}[{how}-nan-triton]" for how in ("lengths", "mask per head"))
+    some = [f"{hidden}[{how}-nan-triton]" for how in ("lengths", "mask per head")]
+    paged = "tests/ops/test_paged_attention.py::test_every_case"
+    some += [f"{paged}[triton-{case}]" for case in PAGED]
     run_contract(*some)
 
 
@@ -46,6 +50,7 @@ def test_kernels_at_length():
 @pytest.mark.parametrize(
     "chosen, names",
     [
+        ("tests/ops/test_paged_attention.py", "paged"),
         ("tests/ops/test_attention_hidden.py", "attention or hidden or dead or nan or scores"),
         ("tests/ops/test_opcheck.py", "opcheck"),
         ("tests/ops/test_norm.py", "norm"),
