@@ -6,6 +6,7 @@
 STABLE_TORCH_LIBRARY_IMPL(fastformer, CUDA, m) {
   m.impl("attention_fwd_cuda", TORCH_BOX(&fastformer::cuda::attention_fwd));
   m.impl("attention_bwd_cuda", TORCH_BOX(&fastformer::cuda::attention_bwd));
+  m.impl("attention_weights_cuda", TORCH_BOX(&fastformer::cuda::attention_weights));
   m.impl("paged_attention_fwd_cuda", TORCH_BOX(&fastformer::cuda::paged_attention_fwd));
   m.impl("feed_forward_fwd_cuda", TORCH_BOX(&fastformer::cuda::feed_forward_fwd));
   m.impl("feed_forward_bwd_cuda", TORCH_BOX(&fastformer::cuda::feed_forward_bwd));

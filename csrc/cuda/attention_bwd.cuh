@@ -131,74 +131,22 @@ struct BackwardPass {
     }
   }
 
-  // A capped score's gradient is multiplied by 1 - tanh^2, and the score is softcap tanh.
-  __device__ __forceinline__ void make_logits(int i0, int j0, Scores& scores, Scores& slopes) const {
-    scale_and_cap(call, scores);
-    if (call.softcap != 0.0f) {
-      const float inverse = 1.0f / call.softcap;
-      for_each(slopes, [&](float& slope, int m, int n, int e) {
-        const float capped = scores[m][n][e] * inverse;
-        slope = fmaf(-capped, capped, 1.0f);
-      });
-    }
-    if (call.bias.data != nullptr) {
-      if (call.bias_pairs) {
-        add_bias<true>(call, head, i0, j0, scores);
-      } else {
-        add_bias<false>(call, head, i0, j0, scores);
-      }
-    }
-    if (call.relative_bias != nullptr) add_relative_bias(call, head, i0, j0, scores);
-  }
-
-  __device__ __forceinline__ void hide_some(int i0, int j0, Scores& scores) const {
-    // (At D = 256 no register is left to know by.)
-    const bool full = kD <= 128 && tile >= tiles.full_begin && tile < tiles.full_end;
-    if (!full) hide_outside(call, head, i0, j0, scores);
-    if (call.padding.data != nullptr || call.key_mask.data != nullptr) {
-      hide_keys(RealKeys{real.bits >> warp_key}, scores);
-    }
-    if (call.mask.data == nullptr) return;
-    if (call.mask_pairs) {
-      hide_masked<true>(call, head, i0, j0, scores);
-    } else {
-      hide_masked<false>(call, head, i0, j0, scores);
-    }
-  }
-
   // Weights before dropout, from products; softcap's slopes where there is one.
   template <bool kEdge>
   __device__ __forceinline__ void make_weights(const RowPivot (&pivots)[kRowTiles][2], Scores& scores,
                                                Scores& slopes) const {
     const int i0 = tile * kBlockM + warp_row, j0 = keys.n0 + warp_key;
     if constexpr (!kPlain) {
-      if (call.logits) make_logits(i0, j0, scores, slopes);
+      if (call.logits) make_logits(call, head, i0, j0, scores, slopes);
     }
     if constexpr (kPlain && kEdge) hide_outside(call, head, i0, j0, scores);
-    if constexpr (!kPlain) hide_some(i0, j0, scores);
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float shift = pivots[m][r].shift;
-        float factor = 1.0f;
-        if constexpr (!kPlain) {
-          if (call.logits) factor = queries.factors[i0 + 16 * m + 8 * r + lane_row()];
-        }
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-          for (int e = 2 * r; e < 2 * r + 2; ++e) {
-            float& score = scores[m][n][e];
-            if (!kPlain && call.logits) {
-              score = exp2_approximate((score - shift) * kLog2E) * factor;
-            } else {
-              score = exp2_approximate(fmaf(score, call.factor, -shift));
-            }
-          }
-        }
-      }
+    if constexpr (!kPlain) {
+      // (At D = 256 no register is left to know by.)
+      const auto is_full = [&] { return kD <= 128 && tile >= tiles.full_begin && tile < tiles.full_end; };
+      hide_some(call, head, i0, j0, is_full, real, warp_key, scores);
     }
+    const auto factor_of = [&](int m, int r) { return queries.factors[i0 + 16 * m + 8 * r + lane_row()]; };
+    exponentiate<kPlain>(call, pivots, factor_of, scores);
   }
 
   // dropout(weights) and dropout(their gradients), by the map that `drop` tells.
@@ -207,38 +155,6 @@ struct BackwardPass {
     drop(call, head, seed, tile * kBlockM + warp_row, keys.n0 + warp_key, grads);
     scale_all(weights, call.dropout_scale);
     scale_all(grads, call.dropout_scale);
-  }
-
-  // grads: of weights, to scores.
-  template <bool kEdge>
-  __device__ __forceinline__ void make_gradients(const RowPivot (&pivots)[kRowTiles][2],
-                                                 const Scores& weights, Scores& grads) const {
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float offset = pivots[m][r].offset;
-        const auto each = [&](auto change) {
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-            for (int e = 2 * r; e < 2 * r + 2; ++e) grads[m][n][e] = change(weights[m][n][e], grads[m][n][e]);
-          }
-        };
-        if constexpr (!kPlain) each([&](float, float grad) { return grad + offset; });
-        if constexpr (kEdge) {
-          const int i = tile * kBlockM + warp_row + 16 * m + 8 * r + lane_row();
-          const bool constant = sees_one_key(call, head, i);
-          if (__any_sync(0xffffffffu, constant)) {
-            each([&](float, float grad) { return constant ? offset : grad; });
-          }
-          // Whatever a hidden key gave.
-          each([](float weight, float grad) { return weight == 0.0f ? 0.0f : weight * grad; });
-        } else {
-          each([](float weight, float grad) { return weight * grad; });
-        }
-      }
-    }
   }
 
   // The offset comes with the product, unless dropout is to come between.
@@ -253,6 +169,7 @@ struct BackwardPass {
     const uint32_t rows = rows_of_warp + stage;
     const uint32_t columns = rows_then_units<kD>(shared) + warp_key * kPanelPitch;
     const uint32_t place = place_of_lane<kBlockM>(shared + kPlaceOfP, warp_row, warp_key);
+    const int i0 = tile * kBlockM + warp_row, j0 = keys.n0 + warp_key;
     RowPivot pivots[kRowTiles][2];
     Scores weights, grads, slopes;
     load_pivots(pivots);
@@ -263,6 +180,9 @@ struct BackwardPass {
     start_gradients(pivots, grads);
     add_rows_by_rows<kType, kD, kBlockM, kBlockN>(rows, kPlaceOfQ + kGradOut, columns, kPlaceOfV, grads);
     if constexpr (!kPlain) {
+      if (p.grad_weights.data != nullptr) {
+        add_given_gradients(p.grad_weights, p.grad_weights_scale, head, i0, j0, grads);
+      }
       if (call.threshold > 0) {
         Scores kept;
         for_each(kept, [&](float& value, int m, int n, int e) { value = weights[m][n][e]; });
@@ -272,11 +192,9 @@ struct BackwardPass {
         store_tile<kBlockM>(place, weights, kType);
       }
     }
-    make_gradients<kEdge>(pivots, weights, grads);
+    make_gradients<kPlain, kEdge>(call, head, i0, pivots, weights, grads);
     if constexpr (!kPlain) {
-      if (p.grad_bias.data != nullptr) {
-        write_bias_gradient(p.grad_bias, head, tile * kBlockM + warp_row, keys.n0 + warp_key, grads);
-      }
+      if (p.grad_bias.data != nullptr) write_bias_gradient(p.grad_bias, head, i0, j0, grads);
       if (call.softcap != 0.0f) {
         for_each(grads, [&](float& value, int m, int n, int e) { value *= slopes[m][n][e]; });
       }

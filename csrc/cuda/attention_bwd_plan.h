@@ -21,6 +21,10 @@ struct AttentionBwdParams {
   const float* grad_lse;    // as row_max, or null
   ScoreMatrix grad_bias;    // of a bias that is broadcast over nothing, zeroed before; data null: not wanted
   float* grad_sink;         // [H], or null
+  // Of the returned weights, data null where there is none; stride_h is 0 where they are a mean over heads,
+  // and the scale then 1 / H.
+  ScoreMatrix grad_weights;
+  float grad_weights_scale;
   // Workspace, uninitialised:
   RowPivot* pivots;    // [H, slots, block_m]
   float* factors;      // [H, slots, block_m]: 1 / row_sum; read where scores are logits
@@ -28,11 +32,23 @@ struct AttentionBwdParams {
   float* zeros;        // [block_m, block_d] / 8: what the first adds to
   int32_t* turns;      // [H, slots, warps]: how many blocks of keys have added to their share of sums
   int32_t* ticket;     // [1]: how many programs over keys have begun
-  float* sink_shares;  // [H, B, tiles], or null
+  float* sink_shares;  // [B, H, tiles], or null
+  float* deltas;       // as row_max: sum_j w_ij dw_ij, given; null: grad_out . out
+  float* row_grads;    // [B, H, M]: sum_j ds_ij, zeros before; or null
+  int32_t* ranges;     // [B, H, 2]: a head's first real key, and the one after its last
   // Set by the plan:
   int32_t slots;      // of a head
   int32_t key_tiles;  // of a head
   int32_t aligned;    // rows of out, grad_out and of the gradients come in whole aligned units too
+};
+
+// target = sums of `from` over the dimensions in which target has size 1. Both are contiguous.
+struct RowSums {
+  const float* from;  // [B, H, M]
+  void* target;       // [target_B, target_H, target_M]
+  DType dtype;        // of target
+  int32_t B, H, M;
+  int32_t target_B, target_H, target_M;
 };
 
 constexpr int kBackwardWarps = 8;  // of a block
@@ -110,7 +126,7 @@ inline AttentionBwdPlan plan_attention_bwd(AttentionBwdParams& p, int64_t total_
   constexpr int64_t kMostStride = int64_t{1} << 30;  // bytes of a stride, and of a step of them, fit 32 bits
   const bool near = call.query.stride_row < kMostStride / 32 && p.grad_out.stride_row < kMostStride / 32;
   plan.plain = is_plain_chosen(plan.block_d, most_shared) && p.aligned && near && !call.logits && !masked &&
-               call.threshold == 0;
+               call.threshold == 0 && p.grad_weights.data == nullptr;
   const BackwardTile tile = backward_tile(plan.block_d, plan.plain);
   plan.shared_bytes = shared_bytes_of(tile, plan.block_d);
   plan.query_shared_bytes = 2 * plan.block_d * tile.block_m;

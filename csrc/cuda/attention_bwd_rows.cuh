@@ -1,11 +1,9 @@
 // What surrounds attention's backward pass over keys: before it, what each row gives by itself; after it, dQ
-// from its float32 sums, and the sink's gradient.
+// from its float32 sums, and sums of what rows gave: the gradients of the sink and of a bias of one column.
 //   delta_i = grad_out_i . out_i = sum_j w_ij dw_ij
 #pragma once
 
-#include "attention_bwd_plan.h"
-#include "attention_products.cuh"
-#include "attention_scores.cuh"
+#include "attention_weights.cuh"
 
 namespace fastformer::cuda {
 
@@ -16,13 +14,6 @@ __device__ __forceinline__ int64_t slot_of_tile(const AttentionBwdParams& p, con
   const int first = p.call.starts_q == nullptr ? head.b * p.call.tiles
                                                : static_cast<int>(head.first_query) / block_m + head.b;
   return int64_t{head.h} * p.slots + first + tile;
-}
-
-// By window, lengths and padding, but not by a mask of queries and keys. Such a row's weight is 1 whatever
-// its score, which therefore has no gradient but lse's.
-__device__ __forceinline__ bool sees_one_key(const AttentionFwdParams& p, const Head& head, int i) {
-  const KeyRange keys = keys_of_row(p, head, i);
-  return p.sink == nullptr && keys.end - keys.begin == 1;
 }
 
 // Block `index` of a grid (tile of queries, head, batch element), the tile fastest.
@@ -62,20 +53,27 @@ __device__ __forceinline__ float share_of_delta(const AttentionBwdParams& p, con
   return delta;
 }
 
-// Row i's entries of the workspace; returns the sink's share.
+// Row i's entries of the workspace; returns the sink's share. `delta` is grad_out . out.
 __device__ __forceinline__ float write_row(const AttentionBwdParams& p, const Head& head, int i, float delta,
                                            int64_t entry) {
   const int64_t at = head.b * p.call.stats_stride_b + head.h * p.call.stats_stride_h + head.first_query + i;
   const float row_sum = p.call.row_sum[at], row_max = p.call.row_max[at];
+  if (p.deltas != nullptr) delta = p.deltas[at];
   const bool nothing = row_sum == 0.0f;
   const float grad_lse = p.grad_lse == nullptr || nothing ? 0.0f : p.grad_lse[at];
-  const float shift = p.call.logits ? row_max : fmaf(row_max, kLog2E, log2f(row_sum));
   const float offset = grad_lse - (sees_one_key(p.call, head, i) ? 0.0f : delta);
-  p.pivots[entry] = {nothing ? -kMinusInfinity : shift, offset};
+  p.pivots[entry] = {shift_of(p.call, row_max, row_sum), offset};
   p.factors[entry] = nothing ? 0.0f : 1.0f / row_sum;
-  if (p.call.sink == nullptr || nothing) return 0.0f;
-  const float sink = load_element(p.call.sink, p.call.sink_dtype, head.h);
-  return exp2_approximate((sink - row_max) * kLog2E) / row_sum * (grad_lse - delta);
+  float share = 0.0f;
+  if (p.call.sink != nullptr && !nothing) {
+    const float sink = load_element(p.call.sink, p.call.sink_dtype, head.h);
+    share = exp2_approximate((sink - row_max) * kLog2E) / row_sum * (grad_lse - delta);
+  }
+  // The gradients of a row's scores and of its sink add up to grad_lse.
+  if (p.row_grads != nullptr) {
+    p.row_grads[(int64_t{head.b} * p.call.H + head.h) * p.call.M + i] = grad_lse - share;
+  }
+  return share;
 }
 
 // A tile of queries a block: pivots and factors of its rows, turns set to 0, and `zeros` zeros.
@@ -91,12 +89,17 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
   float share = 0.0f;
   if (head.m0 < head.M) {
     if (p.call.padding.data != nullptr || p.call.key_mask.data != nullptr) find_real_range(p.call, head);
+    if (tile == 0 && threadIdx.x < 2) {
+      int32_t* const range = p.ranges + 2 * (int64_t{head.b} * p.call.H + head.h);
+      range[threadIdx.x] = threadIdx.x == 0 ? head.key_begin : head.key_end;
+    }
     const int64_t slot = slot_of_tile(p, head, tile, block_m);
     if (threadIdx.x < kBackwardWarps) p.turns[slot * kBackwardWarps + threadIdx.x] = 0;
     for (int row = static_cast<int>(threadIdx.x) / 8; row < block_m; row += kBackwardWarps * 4) {
       const int i = head.m0 + row;
       const int64_t entry = slot * block_m + row;
-      const float delta = warp_sum(i < head.M ? share_of_delta<kType>(p, head, i) : 0.0f, 8);
+      const bool own = i < head.M && p.deltas == nullptr;
+      const float delta = warp_sum(own ? share_of_delta<kType>(p, head, i) : 0.0f, 8);
       if (threadIdx.x % 8 == 0 && i < head.M) {
         share += write_row(p, head, i, delta, entry);
       } else if (threadIdx.x % 8 == 0) {
@@ -107,19 +110,23 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
   }
   if (p.sink_shares == nullptr) return;
   share = block_sum(share);
-  if (threadIdx.x == 0) p.sink_shares[(int64_t{head.h} * p.call.B + head.b) * p.call.tiles + tile] = share;
+  if (threadIdx.x == 0) p.sink_shares[(int64_t{head.b} * p.call.H + head.h) * p.call.tiles + tile] = share;
 }
 
-// A head a block.
+// An element of target a block.
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads)
-    attention_bwd_sink_kernel(const __grid_constant__ AttentionBwdParams p) {
-  const int64_t shares = int64_t{p.call.B} * p.call.tiles;
-  const float* const of_head = p.sink_shares + blockIdx.x * shares;
+__global__ void __launch_bounds__(kThreads) attention_bwd_row_sums_kernel(const __grid_constant__ RowSums p) {
+  const int m0 = static_cast<int>(blockIdx.x) % p.target_M, slab = static_cast<int>(blockIdx.x) / p.target_M;
+  const int h0 = slab % p.target_H, b0 = slab / p.target_H;
+  const int rows = p.M / p.target_M, heads = p.H / p.target_H;
+  const int64_t count = int64_t{p.B / p.target_B} * heads * rows;
   float sum = 0.0f;
-  for (int64_t i = threadIdx.x; i < shares; i += blockDim.x) sum += of_head[i];
+  for (int64_t k = threadIdx.x; k < count; k += kThreads) {
+    const int64_t b = b0 + k / rows / heads, h = h0 + k / rows % heads, m = m0 + k % rows;
+    sum += p.from[(b * p.H + h) * p.M + m];
+  }
   sum = block_sum(sum);
-  if (threadIdx.x == 0) p.grad_sink[blockIdx.x] = sum;
+  if (threadIdx.x == 0) store_element(p.target, p.dtype, blockIdx.x, sum);
 }
 
 // Writes rows of a tile [kRows, kD] in shared memory, of which `left` are there, in whole units.

@@ -35,6 +35,10 @@ TwoTensors paged_attention_fwd(const Tensor& query, const Tensor& key_pages, con
                                const std::optional<Tensor>& sink, double scale, std::optional<int64_t> left,
                                std::optional<int64_t> right, std::optional<double> softcap);
 
+// [B, H, M, N] after dropout, or their mean over heads, [B, M, N].
+Tensor attention_weights(const Tensor& row_max, const Tensor& row_sum, FASTFORMER_ATTENTION_PARAMETERS,
+                         bool mean);
+
 // Gradients of query, key, value, bias, relative_bias and sink; empty where they are not needed.
 SixTensors attention_bwd(const std::optional<Tensor>& grad_out, const std::optional<Tensor>& grad_lse,
                          const std::optional<Tensor>& grad_weights, const Tensor& out, const Tensor& row_max,

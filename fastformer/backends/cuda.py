@@ -129,7 +129,7 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
     if op == "attention_fwd":
         return _attention_refusal(spec, tensors)
     if op == "attention_bwd":
-        return _attention_refusal(spec, tensors) or _gradient_refusal(spec, tensors)
+        return _attention_refusal(spec, tensors) or _gradient_refusal(tensors)
     if op == "paged_attention_fwd":
         query, key_pages, value_pages, page_table = tensors[:4]
         assert query is not None and key_pages is not None
@@ -162,8 +162,6 @@ def _feed_forward_refusal(tensors: tuple[Tensor | None, ...]) -> str | None:
 def _attention_refusal(spec: AttentionSpec, tensors: tuple[Tensor | None, ...]) -> str | None:
     query, key, value = tensors[:3]
     assert query is not None and key is not None and value is not None
-    if spec.return_weights is not None:
-        return "its attention returns no weights yet"
     return _rows_refusal(query, value, *_lengths(spec, query, key))
 
 
@@ -187,29 +185,15 @@ def _lengths(spec: AttentionSpec, query: Tensor, key: Tensor) -> tuple[int, int]
     return M, N
 
 
-def _gradient_refusal(spec: AttentionSpec, tensors: tuple[Tensor | None, ...]) -> str | None:
+def _gradient_refusal(tensors: tuple[Tensor | None, ...]) -> str | None:
     """What attention's backward does not do beside what forward does not."""
-    query, key, value, bias, relative_bias = (tensors[place] for place in (0, 1, 2, 6, 7))
-    assert query is not None and key is not None and value is not None
-    if _wants_gradient(relative_bias):
-        return "its attention has no gradient of relative_bias yet"
-    if _wants_gradient(bias):
-        assert bias is not None
-        B = query.shape[0] if query.dim() == 4 else len(tensors[10]) - 1  # type: ignore[arg-type]
-        if bias.shape != (B, query.shape[1], *_lengths(spec, query, key)):
-            return "its attention has no gradient of a bias that is broadcast yet"
+    query, value = tensors[0], tensors[2]
+    assert query is not None and value is not None
     if max(query.shape[-1], value.shape[-1]) > _MAX_SMALL_HEAD_DIM and _has_little_shared(query.device):
         return (
             f"its attention's gradients at head dims over {_MAX_SMALL_HEAD_DIM} take 145 KB of shared memory"
         )
     return None
-
-
-def _wants_gradient(tensor: Tensor | None) -> bool:
-    """Under a transform of torch.func it cannot be told, and is assumed."""
-    if tensor is None:
-        return False
-    return tensor.requires_grad or torch._C._are_functorch_transforms_active()
 
 
 def gives_way(op: str, tensors: tuple[Tensor | None, ...]) -> bool:
@@ -234,4 +218,4 @@ def _has_little_shared(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) in _LITTLE_SHARED
 
 
-globals().update(raw_ops.functions("cuda", _SERVED))
+globals().update(raw_ops.functions("cuda", (*_SERVED, "attention_weights")))

@@ -43,8 +43,8 @@ def attention_emulator(serve):
 
 @pytest.fixture
 def gradient_emulator(serve):
-    """Of both directions of attention."""
-    return serve(AttentionBackwardEmulator(), "attention_fwd", "attention_bwd")
+    """Of both directions of attention, and of its weights."""
+    return serve(AttentionBackwardEmulator(), "attention_fwd", "attention_weights", "attention_bwd")
 
 
 @pytest.fixture

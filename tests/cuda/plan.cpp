@@ -2,6 +2,7 @@
 // take it.
 #include "cuda/attention_bwd_plan.h"
 #include "cuda/attention_plan.h"
+#include "cuda/attention_sums_plan.h"
 #include "cuda/feed_forward_plan.h"
 #include "cuda/norm_plan.h"
 
@@ -12,6 +13,7 @@ int64_t size_of_NormFwdParams() { return sizeof(NormFwdParams); }
 int64_t size_of_NormBwdParams() { return sizeof(NormBwdParams); }
 int64_t size_of_AttentionFwdParams() { return sizeof(AttentionFwdParams); }
 int64_t size_of_AttentionBwdParams() { return sizeof(AttentionBwdParams); }
+int64_t size_of_AttentionSumsParams() { return sizeof(AttentionSumsParams); }
 int64_t size_of_GemmParams() { return sizeof(GemmParams); }
 int64_t size_of_ColumnSumsParams() { return sizeof(ColumnSumsParams); }
 const char* kernel_name(int32_t kernel) { return name_of(static_cast<NormKernel>(kernel)); }
@@ -41,6 +43,9 @@ int32_t attention_tile(int32_t block_d, int32_t kind, AttentionTile* tile) {
 void plan_attention_backward(AttentionBwdParams* p, int64_t total_queries, int64_t most_shared,
                              AttentionBwdPlan* plan) {
   *plan = plan_attention_bwd(*p, total_queries, most_shared);
+}
+void plan_score_sums(AttentionSumsParams* p, int32_t target_B, int32_t target_H, AttentionSumsPlan* plan) {
+  *plan = plan_attention_sums(*p, target_B, target_H);
 }
 bool attention_backward_is_plain(int32_t block_d, int64_t most_shared) {
   return is_plain_chosen(block_d, most_shared);

@@ -19,6 +19,7 @@ from .attention_cases import attention_cases
 from .case import Case
 from .cuda_cases import CACHE, cuda_attention_backward_cases, cuda_attention_cases
 from .cuda_feed_forward_cases import cuda_feed_forward_cases
+from .cuda_sums_cases import cuda_attention_sums_cases
 from .feed_forward_cases import feed_forward_cases
 from .hot_loop import HotLoop
 from .norm_cases import norm_cases
@@ -32,6 +33,7 @@ CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "attention_weights": partial(attention_cases, "attention_weights"),
     "attention_bwd": partial(attention_cases, "attention_bwd"),
     "attention_bwd_cuda": partial(cuda_attention_backward_cases, "attention_bwd_cuda"),
+    "attention_sums_cuda": partial(cuda_attention_sums_cases, "attention_sums_cuda"),
     "feed_forward_fwd": partial(feed_forward_cases, "feed_forward_fwd"),
     "feed_forward_bwd": partial(feed_forward_cases, "feed_forward_bwd"),
     "feed_forward_cuda": partial(cuda_feed_forward_cases, "feed_forward_cuda"),

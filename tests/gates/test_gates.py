@@ -42,6 +42,7 @@ SOME = [
     ("attention_bwd_cuda", "sm_80", "D=128 bfloat16 plain"),
     ("attention_bwd_cuda", "sm_80", "D=64 bfloat16 plain"),
     ("attention_bwd_cuda", "sm_90", "D=128 float16 general"),
+    ("attention_sums_cuda", "sm_80", "every call"),
     ("feed_forward_cuda", "sm_80", "bfloat16 hidden_gradient"),
     ("feed_forward_cuda", "sm_120", "float16 weight_gradient"),
 ]

@@ -9,7 +9,7 @@ template __global__ void attention_bwd_keys_kernel<static_cast<DType>(TYPE), WID
 #if !defined(KEYS_ALONE)
 template __global__ void attention_bwd_rows_kernel<static_cast<DType>(TYPE)>(
     const __grid_constant__ AttentionBwdParams, int, int);
-template __global__ void attention_bwd_sink_kernel<256>(const __grid_constant__ AttentionBwdParams);
+template __global__ void attention_bwd_row_sums_kernel<256>(const __grid_constant__ RowSums);
 template __global__ void attention_bwd_queries_kernel<static_cast<DType>(TYPE), WIDTH, PLAIN>(
     const __grid_constant__ AttentionBwdParams);
 #endif
