@@ -103,7 +103,7 @@ Tensor attention_weights(const Tensor& row_max, const Tensor& row_sum, FASTFORME
     return weights;
   }
   set_statistics(row_max, row_sum, query, call.packed(), p);
-  plan_attention_fwd(p, device.major());  // for what it sets; forward's own choice is nothing here
+  describe_scores(p);
   sums.kind = SumKind::kWeights;
   sums.factor = mean ? 1.0f / static_cast<float>(p.H) : 1.0f;
   run_sums(sums, weights, p.B, mean ? 1 : p.H, device.stream());

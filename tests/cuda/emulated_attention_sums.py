@@ -40,7 +40,7 @@ class AttentionSumsEmulator(AttentionEmulator):
         if weights.numel() == 0 or call.H == 0:
             return weights.zero_()
         self._set_statistics(arguments[10] is not None, row_max, row_sum)
-        plans().plan_attention(ctypes.byref(call), int(self.arch) // 10, ctypes.byref(AttentionPlan()))
+        plans().describe_attention(ctypes.byref(call))
         sums.factor = 1 / call.H if mean else 1.0
         tensors = {f"bwd.call.{name}": tensor for name, tensor in self.tensors.items()}
         self._sum(sums, tensors, weights, call.B, 1 if mean else call.H)

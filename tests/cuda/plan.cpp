@@ -21,6 +21,7 @@ void plan_fwd(NormFwdParams* p, NormPlan* plan) { *plan = plan_norm_fwd(*p); }
 void plan_bwd(NormBwdParams* p, int32_t multiprocessors, bool need_parameters, NormBwdPlan* plan) {
   *plan = plan_norm_bwd(*p, multiprocessors, need_parameters);
 }
+void describe_attention(AttentionFwdParams* p) { describe_scores(*p); }
 void plan_attention(AttentionFwdParams* p, int32_t major, int32_t multiprocessors, int32_t few_queries,
                     AttentionPlan* plan) {
   *plan = plan_attention_fwd(*p, {major, multiprocessors}, few_queries < 0 ? kFewQueries : few_queries);
