@@ -9,7 +9,7 @@ import torch
 
 from tests.ptxvm import nvcc
 
-from .emulated_attention import AttentionEmulator, AttentionPlan
+from .emulated_attention import AttentionEmulator
 from .structures import CSRC, DTYPES, HERE, plans, poisoned, struct_argument, structure
 
 AttentionBwdParams = structure("cuda/attention_bwd_plan.h", "AttentionBwdParams")
