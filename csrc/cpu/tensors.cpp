@@ -35,9 +35,8 @@ Tensor empty(IntHeaderOnlyArrayRef sizes, DType dtype) {
                        : dtype == DType::kBFloat16 ? aoti_torch_dtype_bfloat16()
                                                    : aoti_torch_dtype_float16();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides, type, aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
+                                                  type, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

@@ -153,12 +153,31 @@ struct RowCopier {
   }
 };
 
+// value = large + small, to 2^-22 of it.
+__device__ __forceinline__ void split_float32(uint32_t value, uint32_t& large, uint32_t& small) {
+  const float whole = __uint_as_float(value);
+  large = round_to_tf32(whole);
+  small = round_to_tf32(whole - __uint_as_float(large));
+}
+
 template <DType kType>
 __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (kType == DType::kBFloat16) {
     multiply_bfloat16(sum, a, b0, b1);
-  } else {
+  } else if constexpr (kType == DType::kFloat16) {
     multiply_float16(sum, a, b0, b1);
+  } else {
+    // Float32 in two halves, of which all products but that of the small ones count (3xTF32; Ootomo and
+    // Yokota, "Recovering single precision accuracy from Tensor Cores", 2022). Words are floats.
+    uint32_t large_a[4], small_a[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) split_float32(a[i], large_a[i], small_a[i]);
+    uint32_t large_b[2], small_b[2];
+    split_float32(b0, large_b[0], small_b[0]);
+    split_float32(b1, large_b[1], small_b[1]);
+    multiply_tf32(sum, small_a, large_b[0], large_b[1]);
+    multiply_tf32(sum, large_a, small_b[0], small_b[1]);
+    multiply_tf32(sum, large_a, large_b[0], large_b[1]);
   }
 }
 

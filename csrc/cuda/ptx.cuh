@@ -200,4 +200,21 @@ __device__ __forceinline__ void multiply_float16(float (&sum)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The nearest number that tensor cores take of a float32, whose last 13 bits are zero.
+__device__ __forceinline__ uint32_t round_to_tf32(float x) {
+  uint32_t word;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(x));
+  return word;
+}
+
+// sum [16, 8] += a [16, 8] b [8, 8], of words as round_to_tf32 gives them. Lane l holds of a rows l / 4 and
+// l / 4 + 8 of column l % 4, then of column l % 4 + 4; of b rows l % 4 and l % 4 + 4 of column l / 4.
+__device__ __forceinline__ void multiply_tf32(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                              uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 }  // namespace fastformer::cuda

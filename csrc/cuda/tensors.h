@@ -49,7 +49,7 @@ inline Tensor empty_on(const Tensor& like, IntHeaderOnlyArrayRef sizes, ScalarTy
     stride *= sizes[d] > 1 ? sizes[d] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                                aoti_torch_device_type_cuda(), like.get_device_index(), &handle));
@@ -127,7 +127,7 @@ class OnDevice {
         "aoti_torch_get_current_cuda_stream was not found in libtorch_cuda.so: this torch has no CUDA, or is "
         "older than 2.11");
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(lookup(device_, &stream));
+    TORCH_ERROR_CODE_CHECK(lookup(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
