@@ -141,7 +141,8 @@ __global__ void __launch_bounds__(kMaxThreads) norm_bwd_kept_kernel(const __grid
 
 // ds and dx of rows of any width, types and alignment: one pass over the row for its two sums, one for the
 // result.
-__global__ void __launch_bounds__(kMaxThreads) norm_bwd_any_kernel(const __grid_constant__ NormBwdParams p) {
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    norm_bwd_any_kernel(const __grid_constant__ NormBwdParams p) {
   __shared__ float sums_shared[kMaxWarps][2];
   const RowOfBlock row = row_of_block(p.rows);
   const int units = row.real ? (p.columns + kNarrowUnit - 1) / kNarrowUnit : 0;
