@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from triton import testing
 
+import fastformer
 from benchmarks import gpu
 from benchmarks.bench_attention import RIVALS
 from tests.ops import gpu_plugin
@@ -63,7 +64,7 @@ def test_a_moved_tensor_lies_as_it_did():
     assert copy.data_ptr() != tensor.data_ptr()
 
 
-def test_the_plugin_moves_calls_of_fast_backends_alone():
+def test_the_plugin_moves_all_but_float64():
     seen = []
 
     def fn(query, key, bias, scale, backend="absent"):
@@ -72,10 +73,31 @@ def test_the_plugin_moves_calls_of_fast_backends_alone():
 
     query, bias = torch.ones(2, 3).requires_grad_(), torch.full((2, 3), 2.0)
     run = gpu_plugin.on_device("cpu", "triton")
-    for backend, wanted in (("cpu", "triton"), (None, "triton"), ("reference", "reference")):
+    for backend in ("cpu", None):
         results = run(fn, query=query, key=bias, bias=bias, scale=3.0, backend=backend)
         assert torch.equal(results["out0"], 6 * query) and results["d_query"].shape == query.shape
-        assert seen[-1][0] == wanted
-        assert (seen[-1][2].data_ptr() == bias.data_ptr()) == (wanted == "reference")
-    run(fn, query=query, key=bias, bias=bias, scale=3.0)  # the plain formula's call stays where it is
-    assert seen[-1][0] == "absent" and seen[-1][2] is bias
+        assert seen[-1][0] == "triton" and seen[-1][2].data_ptr() != bias.data_ptr()
+    with pytest.raises(pytest.skip.Exception, match="reference"):
+        run(fn, query=query, key=bias, bias=bias, scale=3.0, backend="reference")
+    run(fn, query=query, key=bias, bias=bias, scale=3.0)  # a baseline
+    assert seen[-1][0] == "absent" and seen[-1][2].data_ptr() != bias.data_ptr()
+    exact = bias.double()
+    run(fn, query=query, key=exact, bias=exact, scale=3.0)
+    assert seen[-1][2] is exact
+
+
+def test_gradients_of_outputs_move_too_and_a_named_backend_may_refuse():
+    def fn(query, backend):
+        raise fastformer.BackendError(f"backend {backend!r} does not")
+
+    def twice(query, backend):
+        return 2 * query
+
+    grad = torch.full((3,), 5.0)
+    query = torch.ones(3).requires_grad_()
+    run = gpu_plugin.on_device("cpu", "triton")
+    assert torch.equal(run(twice, query=query, backend=None, grad_outputs=[grad])["d_query"], 2 * grad)
+    with pytest.raises(pytest.skip.Exception, match="triton"):
+        run(fn, query=query, backend=None)
+    with pytest.raises(fastformer.BackendError):
+        gpu_plugin.on_device("cpu", None)(fn, query=query, backend=None)

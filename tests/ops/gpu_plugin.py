@@ -1,7 +1,8 @@
 """A pytest plugin (`-p tests.ops.gpu_plugin --gpu-backend NAME`): what the tests judge runs on a GPU.
 
 Every call that they make of a backend other than the reference is made with its tensors on the device, as the
-user's choice of backend ("auto") or by one that is named. Baseline and oracle stay on the CPU.
+user's choice of backend ("auto") or by one that is named, which may refuse a call: the test is then skipped.
+Baselines are torch's own on that device too; oracles stay on the CPU.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fastformer
 from fastformer.testing import outputs_and_gradients
 
 from . import judging
@@ -26,17 +28,34 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def on_device(device, named):
-    """`outputs_and_gradients` that makes calls of fast backends on `device`, and answers on the CPU."""
+    """`outputs_and_gradients` that calls fast backends and baselines on `device`, and answers on the CPU.
+
+    What is in float64 stays where it is."""
 
     def run(fn, **arguments):
-        if "backend" not in arguments or arguments["backend"] == "reference":
+        exact = any(getattr(value, "dtype", None) == torch.float64 for value in arguments.values())
+        if exact:
             return outputs_and_gradients(fn, **arguments)
+        if arguments.get("backend") == "reference":
+            pytest.skip("the reference is judged where the CPU is")
         there: dict[int, torch.Tensor] = {}  # what is given twice stays one tensor
-        for value in arguments.values():
+
+        def on_the_device(value):
+            if isinstance(value, (tuple, list)):
+                return type(value)(map(on_the_device, value))
             if isinstance(value, torch.Tensor):
-                there[id(value)] = there.get(id(value), moved(value, device))
-        arguments = {name: there.get(id(value), value) for name, value in arguments.items()}
-        results = outputs_and_gradients(fn, **(arguments | {"backend": named}))
+                return there.setdefault(id(value), moved(value, device))
+            return value
+
+        arguments = {name: on_the_device(value) for name, value in arguments.items()}
+        if "backend" in arguments:
+            arguments["backend"] = named
+        try:
+            results = outputs_and_gradients(fn, **arguments)
+        except fastformer.BackendError as refusal:
+            if named is None:
+                raise
+            pytest.skip(str(refusal))
         return {name: result.cpu() for name, result in results.items()}
 
     return run
