@@ -141,7 +141,8 @@ inline uint32_t threads_per_row(int64_t columns, int in_a_warp, int columns_per_
     const int64_t warps = ceil_div(columns, kWarp * columns_per_thread);
     return static_cast<uint32_t>(kWarp * (warps < kMaxWarps ? warps : kMaxWarps));
   }
-  uint32_t threads = 1;
+  // Two, so that what they read side by side is a whole sector of 32 bytes.
+  uint32_t threads = columns > kWideUnit ? 2 : 1;
   while (threads < kWarp && threads * in_a_warp < columns) threads *= 2;
   return threads;
 }
