@@ -14,7 +14,7 @@ from tests.cuda.structures import CSRC, DTYPES
 
 from . import sass
 from .case import Case, Compiled
-from .cuda_cases import compiles_for, compiled_plans, cubin_of
+from .cuda_cases import compiled_plans, compiles_for, cubin_of
 from .issued import Launch, issued
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
