@@ -15,7 +15,7 @@ from .test_attention_sums import MORE, B, H, M, N, slow_unless, some_inputs
 
 pytestmark = pytest.mark.usefixtures("gradient_emulator")
 
-BF16, F16 = torch.bfloat16, torch.float16
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 per_head_and_mean = pytest.mark.parametrize("which", ("per_head", "mean"))
 
@@ -58,7 +58,7 @@ def test_with_gradients_of_biases_and_of_a_sink(which):
 
 @pytest.mark.slow
 @per_head_and_mean
-@pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
+@pytest.mark.parametrize("dtype", (BF16, F16, F32), ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_every_case(name, dtype, which):
     inputs = call(name, dtype)
@@ -85,6 +85,12 @@ def test_packed(name, which):
 @pytest.mark.parametrize("D, D_v", ((1, 1), (64, 64), (65, 20), (128, 128), (100, 200), (256, 256)))
 def test_every_width(D, D_v, which):
     judge_here(some_inputs(F16, D, D_v=D_v), which)
+
+
+@pytest.mark.slow
+@per_head_and_mean
+def test_float32(which):
+    judge_here(some_inputs(F32, M=40, N=70), which)
 
 
 def test_nothing_but_weights_has_a_gradient():
