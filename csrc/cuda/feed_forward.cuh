@@ -80,18 +80,7 @@ struct PlainRows {
 #pragma unroll
     for (int i = 0; i < 8; ++i) values[i] += bias[i];
     if (p.parts == nullptr) return group.store<kType>(p, p.out, values);
-    if (group.row >= p.M) return;
-    float* const to = p.parts + (int64_t{part} * p.M + group.row) * p.N;
-#pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      const int column = group.column_of(i);
-      if (p.N % 2 == 0) {
-        if (column < p.N) *reinterpret_cast<float2*>(to + column) = make_float2(values[i], values[i + 1]);
-      } else {
-        if (column < p.N) to[column] = values[i];
-        if (column + 1 < p.N) to[column + 1] = values[i + 1];
-      }
-    }
+    group.store_floats(p, p.parts + int64_t{part} * p.M * p.N, p.N % 2 == 0, values);
   }
 
   __device__ __forceinline__ void end(int, int) const {}

@@ -97,6 +97,18 @@ __device__ __forceinline__ void copy_async(uint32_t shared, const void* global, 
       : "memory");
 }
 
+// The same of 4 bytes, aligned to as many; by way of L1.
+__device__ __forceinline__ void copy_async_word(uint32_t shared, const void* global, bool wanted) {
+  asm volatile(
+      "{\n"
+      "  .reg .pred ignored;\n"
+      "  setp.eq.b32 ignored, %2, 0;\n"
+      "  cp.async.ca.shared.global [%0], [%1], 4, ignored;\n"
+      "}\n" ::"r"(shared),
+      "l"(global), "r"(static_cast<int>(wanted))
+      : "memory");
+}
+
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most kPending of this thread's groups of copies are under way.
@@ -131,6 +143,12 @@ __device__ __forceinline__ uint4 load_shared(uint32_t shared) {
                : "r"(shared)
                : "memory");
   return words;
+}
+
+__device__ __forceinline__ uint32_t load_shared_word(uint32_t shared) {
+  uint32_t word;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(shared) : "memory");
+  return word;
 }
 
 // Starts over what other blocks have written: everything before their `store_release` of what is read here.
@@ -200,11 +218,11 @@ __device__ __forceinline__ void multiply_float16(float (&sum)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The nearest number that tensor cores take of a float32, whose last 13 bits are zero.
+// The nearest number that tensor cores take of a float32, whose last 13 bits are zero; of two the one further
+// from zero, and of NaN perhaps another number. (cvt.rna.tf32.f32 is four instructions, because it keeps
+// NaN.)
 __device__ __forceinline__ uint32_t round_to_tf32(float x) {
-  uint32_t word;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(x));
-  return word;
+  return (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
 }
 
 // sum [16, 8] += a [16, 8] b [8, 8], of words as round_to_tf32 gives them. Lane l holds of a rows l / 4 and

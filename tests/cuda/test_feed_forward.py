@@ -19,7 +19,7 @@ from .structures import CSRC
 
 pytestmark = pytest.mark.usefixtures("feed_forward_emulator")
 
-BF16, F16 = torch.bfloat16, torch.float16
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 ACTIVATIONS = (*plain.ACTIVATIONS, *plain.GATED_ACTIVATIONS)
 SEED, P = -0x123456789ABCDEF, 0.3
 
