@@ -195,8 +195,7 @@ __global__ void __launch_bounds__(kGemmThreads, kGemmBlocks)
     feed_forward_kernel(const __grid_constant__ GemmParams p) {
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   const bool gated = kKernel == GemmKernel::kHidden && p.gated;
-  const GemmPlace place = place_of_block(p, gated ? kGemmHalf : kGemmBlock);
-  TileOf<kType, kKernel> tile(p, place, gated, shared_address(dynamic_shared));
+  TileOf<kType, kKernel> tile(p, gated, shared_address(dynamic_shared));
   if constexpr (kKernel == GemmKernel::kInputGradient) {
 #pragma unroll 1
     for (int product = 0; product < (p.a2.data == nullptr ? 1 : 2); ++product) {
@@ -215,9 +214,9 @@ __global__ void __launch_bounds__(kGemmThreads, kGemmBlocks)
     // Behind the sums that finish() keeps.
     HiddenGradients<kType> epilogue(p, reinterpret_cast<float*>(dynamic_shared + 2 * kStageBytes));
     tile.finish(epilogue);
-    epilogue.store_sums(place);
+    epilogue.store_sums(tile.place());
   } else {
-    PlainRows<kType> epilogue{p, place.part};
+    PlainRows<kType> epilogue{p, tile.place().part};
     tile.finish(epilogue);
   }
 }

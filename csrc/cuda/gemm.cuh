@@ -19,11 +19,11 @@ struct GemmPlace {
 // Blocks count down kGemmGroup tiles and then to the right, so that those that run at one time read few rows
 // of a and of b: both stay in L2.
 __device__ __forceinline__ GemmPlace place_of_block(const GemmParams& p, int block_n) {
-  const int tiles = p.tiles_m * p.tiles_n, tile = static_cast<int>(blockIdx.x) % tiles;
+  const int block = static_cast<int>(forgotten(blockIdx.x));
+  const int tiles = p.tiles_m * p.tiles_n, tile = block % tiles;
   const int group = kGemmGroup * p.tiles_n, within = tile % group;
   const int first = tile / group * kGemmGroup, rows = min(p.tiles_m - first, kGemmGroup);
-  return {(first + within % rows) * kGemmBlock, within / rows * block_n,
-          static_cast<int>(blockIdx.x) / tiles};
+  return {(first + within % rows) * kGemmBlock, within / rows * block_n, block / tiles};
 }
 
 // Lane t of the four that share a row gives word w of its own, and gets word t of lane w.
@@ -144,16 +144,19 @@ struct GemmTile {
   using CopierB = OperandCopier<kType, kRowsOfKB>;
 
   const GemmParams& p;
-  const GemmPlace place;
   const bool gated;  // the high half is the gate's
   const uint32_t shared;
   const uint32_t first_a = address_a(), first_b = address_b();
   float sums[kRowTiles][kTiles][4] = {};
   Fragments<kType> fragments;
 
-  __device__ __forceinline__ GemmTile(const GemmParams& p, const GemmPlace& place, bool gated,
-                                      uint32_t shared)
-      : p(p), place(place), gated(gated), shared(shared) {}
+  __device__ __forceinline__ GemmTile(const GemmParams& p, bool gated, uint32_t shared)
+      : p(p), gated(gated), shared(shared) {}
+
+  // Computed anew where it is asked for: the loop over k has no registers to keep it.
+  __device__ __forceinline__ GemmPlace place() const {
+    return place_of_block(p, gated ? kGemmHalf : kGemmBlock);
+  }
 
   static __device__ __forceinline__ int warp_m() { return static_cast<int>(threadIdx.x) / kWarp / 2; }
   static __device__ __forceinline__ int warp_n() { return static_cast<int>(threadIdx.x) / kWarp % 2; }
@@ -224,6 +227,7 @@ struct GemmTile {
     // Of float32 either both operands are copied in whole units or none is.
     const bool aligned_a = kAligned || (!kFloat32 && p.aligned_a);
     const bool aligned_b = kAligned || (!kFloat32 && p.aligned_b);
+    const GemmPlace place = this->place();
     const int k = place.part * p.depth;
     int rest = min(p.K - k, p.depth);  // of k, from the step on that is copied next
     CopierA of_a(left, place.m0, left, place.m0 + kGemmHalf, p.M, k, aligned_a);
@@ -252,13 +256,15 @@ struct GemmTile {
         of_b.template start<kAligned || !kFloat32>(i, to_b);
       }
     };
-    load_first(stage);
+    load_first(0, stage);
+    // Of the warp, that are not all past the end.
+    const int row_tiles = (p.M - place.m0 - kGemmHalf * warp_m() + 15) / 16;
 #pragma unroll 1
     while (rest > -kAhead * kStep) {
       if constexpr (kFloat32) {
         start_copies(last, 0, 4);
         copies_commit();
-        multiply_floats(stage, next);
+        multiply_floats(stage, next, row_tiles);
       } else if constexpr (kAligned) {
         multiply_halves(stage, next, [] {}, start_copies);
         copies_commit();
@@ -284,11 +290,13 @@ struct GemmTile {
     constexpr uint32_t kSlot = 16 * kGemmThreads;  // bytes: four floats of every thread
     copies_wait<0>();
     __syncthreads();  // everybody is done with the operands
+    const GemmPlace place = this->place();
     const uint32_t own = shared + 16 * threadIdx.x;
     const int lane_row = static_cast<int>(threadIdx.x) % kWarp / 4;
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
       keep_two_row_tiles(own);
+      if constexpr (kFloat32) repair_kept(own, pass);
       const int first = place.m0 + kGemmHalf * warp_m() + 32 * pass;
 #pragma unroll 1
       for (int half = 0; half < (gated ? 1 : 2); ++half) {
@@ -308,14 +316,23 @@ struct GemmTile {
   }
 
  private:
-  // What of the first step the loop finds loaded.
-  __device__ __forceinline__ void load_first(uint32_t stage) {
+  // Of half a step: what a loop over k begins with.
+  __device__ __forceinline__ void load_first(int part, uint32_t stage) {
+    if constexpr (kFloat32) {
+      load_rows(part, 0, stage, fragments.a);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (!kFloat32 || i == 0) load_rows(0, i, stage, fragments.rows(0, i));
-      load_columns(0, i, stage, fragments.columns(0, i));
+      for (int pair = 0; pair < 4; ++pair) load_columns(part, pair, stage, fragments.b[pair]);
+      fragments.take_columns();
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) load(part, i, stage);
     }
-    if constexpr (kFloat32) fragments.take_columns();
+  }
+
+  // Of half a step of 16-bit elements: row tile and column pair i.
+  __device__ __forceinline__ void load(int part, int i, uint32_t stage) {
+    load_columns(part, i, stage, fragments.b[part][i]);
+    load_rows(part, i, stage, fragments.a[part][i]);
   }
 
   // Once in a step: the next step is there, and everybody has read this one.
@@ -332,10 +349,6 @@ struct GemmTile {
   template <typename Copy, typename StartCopies>
   __device__ __forceinline__ void multiply_halves(uint32_t stage, uint32_t next, const Copy& copy,
                                                   const StartCopies& start_copies) {
-    const auto load = [&](int part, int i, uint32_t from) {
-      load_columns(part, i, from, fragments.columns(part, i));
-      load_rows(part, i, from, fragments.rows(part, i));
-    };
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       load(1, i, stage);
@@ -356,24 +369,20 @@ struct GemmTile {
   }
 
   // The same of float32, whose parts leave fewer registers: a row tile of a is loaded while the one before it
-  // is multiplied, and the columns of a half step while the last row tile of the one before it is.
-  __device__ __forceinline__ void multiply_floats(uint32_t stage, uint32_t next) {
+  // is multiplied, but the columns of a half step when the one before it is done. Meanwhile the other block
+  // that shares the multiprocessor multiplies.
+  __device__ __forceinline__ void multiply_floats(uint32_t stage, uint32_t next, int row_tiles) {
 #pragma unroll 1
     for (int part = 0; part < 2; ++part) {
 #pragma unroll
-      for (int m = 0; m < 3; ++m) {
+      for (int m = 0; m < 4; ++m) {
+        if (m >= row_tiles) break;
         fragments.take_rows();
-        load_rows(part, m + 1, stage, fragments.rows(0, 0));
+        if (m < 3) load_rows(part, m + 1, stage, fragments.a);
         fragments.add_products(sums[m]);
       }
-      fragments.take_rows();
       if (part == 1) change_steps();
-      const uint32_t from = part == 0 ? stage : next;
-      load_rows(1 - part, 0, from, fragments.rows(0, 0));
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) load_columns(1 - part, pair, from, fragments.columns(0, pair));
-      fragments.add_products(sums[3]);
-      fragments.take_columns();
+      load_first(1 - part, part == 0 ? stage : next);
     }
   }
 
@@ -395,6 +404,48 @@ struct GemmTile {
         for (int e = 0; e < 4; ++e) sums[m][n][e] = sums[m + 2][n][e];
       }
     }
+  }
+
+  // Where an operand has infinities the products of its parts are infinities of either sign and NaN. So what
+  // was kept as NaN is computed again, element by element: that is NaN soon, or the infinity.
+  __device__ __forceinline__ void repair_kept(uint32_t own, int pass) const {
+    const GemmPlace place = this->place();
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll 1
+    for (int slot = 0; slot < 16; ++slot) {
+      const uint32_t from = own + slot * 16 * kGemmThreads;
+      const uint4 kept = load_shared(from);
+      if (!isnan(__uint_as_float(kept.x)) && !isnan(__uint_as_float(kept.y)) &&
+          !isnan(__uint_as_float(kept.z)) && !isnan(__uint_as_float(kept.w))) {
+        continue;
+      }
+      const int row = place.m0 + kGemmHalf * warp_m() + 32 * pass + slot / 4 * 8 + lane / 4;
+      const bool high = slot % 4 >= 2;
+      const int first = place.n0 + (high && !gated ? kGemmHalf : 0) + 32 * warp_n() + slot % 2 * 16;
+#pragma unroll 1
+      for (int e = 0; e < 4; ++e) {
+        const int column = first + e / 2 * 8 + 2 * (lane % 4) + e % 2;
+        const float value = __uint_as_float(load_shared_word(from + 4 * e));
+        if (!isnan(value) || row >= p.M || column >= p.N) continue;
+        float sum = 0.0f;
+        add_one_by_one(place.part, p.a, high && gated ? p.gate : p.b, row, column, sum);
+        if (p.a2.data != nullptr) add_one_by_one(place.part, p.a2, p.b2, row, column, sum);
+        store_shared(from + 4 * e, __float_as_uint(sum));
+      }
+    }
+  }
+
+  // sum += the product of one element of c.
+  __device__ __forceinline__ void add_one_by_one(int part, const GemmOperand& left, const GemmOperand& right,
+                                                 int row, int column, float& sum) const {
+    const int64_t step_a = kRowsOfKA ? left.stride : 1, step_b = kRowsOfKB ? right.stride : 1;
+    int k = part * p.depth;
+    const int end = min(p.K, k + p.depth);
+    const float* a = static_cast<const float*>(left.data) + k * step_a + row * (kRowsOfKA ? 1 : left.stride);
+    const float* b =
+        static_cast<const float*>(right.data) + k * step_b + column * (kRowsOfKB ? 1 : right.stride);
+#pragma unroll 1
+    for (; k < end && !isnan(sum); ++k, a += step_a, b += step_b) sum = fmaf(*a, *b, sum);
   }
 
   static __device__ __forceinline__ void load_kept(uint32_t place, uint32_t slot, float (&values)[8]) {

@@ -179,9 +179,6 @@ template <DType kType>
 struct Fragments {
   uint32_t a[2][4][4], b[2][4][4];
 
-  __device__ __forceinline__ uint32_t (&rows(int part, int m))[4] { return a[part][m]; }
-  __device__ __forceinline__ uint32_t (&columns(int part, int pair))[4] { return b[part][pair]; }
-
   // sums += the products of row tile m.
   __device__ __forceinline__ void add_products(int part, int m, float (&sums)[8][4]) const {
 #pragma unroll
@@ -213,9 +210,6 @@ struct Fragments<DType::kFloat32> {
 
   uint32_t a[4], b[4][4];
   Split row_tile, column_pairs[4];
-
-  __device__ __forceinline__ uint32_t (&rows(int, int))[4] { return a; }
-  __device__ __forceinline__ uint32_t (&columns(int, int pair))[4] { return b[pair]; }
 
   __device__ __forceinline__ void take_rows() { row_tile.take(a); }
   __device__ __forceinline__ void take_columns() {
