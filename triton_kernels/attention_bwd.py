@@ -77,10 +77,10 @@ def _add_key_gradients(
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """What the full blocks of a group's queries, or the others, add to the gradients of keys n0 on."""
-    # With dropout and biases in wide float32 heads dv comes last: else queries come from shared memory number
-    # by number, which spills 152 bytes on sm_89 and 264 on sm_90. In plain calls that would take 2 KB more.
-    WIDE: tl.constexpr = k.dtype.primitive_bitwidth == 32 and BLOCK_D > 128
-    DV_LAST: tl.constexpr = WIDE and call.seed_ptr is not None and not holds_products(call)
+    # In float32 calls that are not plain dv comes last: else queries come from shared memory number by
+    # number, at up to 255 registers, and spill 8 to 264 bytes. In plain calls that would take 2 KB more.
+    IS_FLOAT32: tl.constexpr = k.dtype.primitive_bitwidth == 32
+    DV_LAST: tl.constexpr = IS_FLOAT32 and (call.seed_ptr is not None or not holds_products(call))
     offs_n = n0 + tl.arange(0, BLOCK_N)
     for index in range(block_count(blocks, EDGE, BLOCK_M) * GROUP):
         m0 = block_start(blocks, index // GROUP, EDGE, BLOCK_M)

@@ -97,7 +97,7 @@ def _load_queries(
     if OF_GROUP:
         query, at = rows_apart(call.query, head, offs_m, ALIGN)
         return load_rows(query, at, 0, offs_m < head.M, D, BLOCK_M, BLOCK_D, ALIGN)
-    elif descriptors is None:
+    elif descriptors[0] is None:
         query = query_at(call.query, head, ALIGN)
         return load_rows(call.query, query, m0, offs_m < head.M, D, BLOCK_M, BLOCK_D, ALIGN)
     else:  # rows past the last are of another sequence, or zeros
@@ -114,7 +114,7 @@ def _edge_blocks(
     """Blocks of keys in which some may be hidden."""
     # What lies past a tensor's end comes as zeros; other keys that are not real must be made so.
     BY_DESCRIPTOR: tl.constexpr = (
-        descriptors is not None and call.lengths_ptr is None and call.starts_k_ptr is None
+        descriptors[0] is not None and call.lengths_ptr is None and call.starts_k_ptr is None
     )
     key, value = key_at(call.key, head, ALIGN), key_at(call.value, head, ALIGN)
     for n0 in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
@@ -146,7 +146,7 @@ def _full_blocks(
     """Blocks of keys that every query of the tile sees. With descriptors a block's products are issued
     before the softmax of the block before, so that tensor cores work while exponentials are computed."""
     key, value = key_at(call.key, head, ALIGN), key_at(call.value, head, ALIGN)
-    if descriptors is None:
+    if descriptors[0] is None:
         for n0 in range(begin, end, BLOCK_N):
             offs_n = n0 + tl.arange(0, BLOCK_N)
             k = load_rows(call.key, key, n0, None, D, BLOCK_N, BLOCK_D, ALIGN)
@@ -224,7 +224,7 @@ def _attention_fwd_kernel(
     call,  # attention_call.Tensors
     out,  # Rows: [B, H, M, D_v]
     stats,  # RowStats
-    descriptors,  # None or those of (query, key, value)
+    query_tiles, key_tiles, value_tiles,  # descriptors or None; Triton 3.7 launches none inside a tuple
     shares,  # None or Shares: then out and stats are left to _combine_kernel
     M, N, H, H_kv, left, right, lower_right, threshold, first_b, tiles, splits, group,
     QUERY_SIGN: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, D_v: tl.constexpr,
@@ -237,6 +237,7 @@ def _attention_fwd_kernel(
     `group` heads that read one key head, so that few queries fill it and read their keys together.
     """
     FUSED: tl.constexpr = is_fused(call)
+    descriptors = (query_tiles, key_tiles, value_tiles)
     tile = tl.program_id(0)
     if shares is not None:
         tile = tile % tiles
@@ -405,11 +406,11 @@ def _launch(call: AttentionCall, out: Rows, stats: RowStats, target: str) -> Non
         total = stats.lse_ptr.numel()
         new = stats.lse_ptr.new_empty
         shares = Shares(new(total, splits, call.D_v), new(total, splits), new(total, splits))
-    descriptors = descriptors_of(call, config.block_m, config.block_n) if config.ahead else None
+    blocks = descriptors_of(call, config.block_m, config.block_n) if config.ahead else (None, None, None)
     for first_b in range(0, call.B, MAX_GRID):
         batch = min(call.B - first_b, MAX_GRID)
         _attention_fwd_kernel[(tiles * splits, heads, batch)](
-            call.tensors, out, stats, descriptors, shares, *call.sizes, first_b, tiles, splits, group,
+            call.tensors, out, stats, *blocks, shares, *call.sizes, first_b, tiles, splits, group,
             **call.flags, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages,
             EDGE_STAGES=config.edge_stages, OF_GROUP=of_group, num_warps=config.num_warps,
             num_stages=config.num_stages, **MULTIPLY_ADDS,

@@ -26,8 +26,9 @@ from .attention_tiles import (
 )
 from .masks import real_keys
 
-# Columns of a row that registers hold at a time where its products serve one tile alone: whole rows spill.
-MOST_COLUMNS: tl.constexpr = tl.constexpr(64)
+# Bits of a row that registers hold at a time where its products serve one tile alone: whole rows spill, and
+# twice as many of float32 up to 180 bytes.
+MOST_BITS: tl.constexpr = tl.constexpr(1024)
 
 
 class ScorePass(NamedTuple):
@@ -168,7 +169,8 @@ def _products_by_columns(
 ):  # fmt: skip
     """Products [BLOCK_M, BLOCK_N] of rows of which registers hold few columns at a time. The rows begin at
     elements `query` of queries and `key` of keys."""
-    COLUMNS: tl.constexpr = BLOCK_W if BLOCK_W < MOST_COLUMNS else MOST_COLUMNS
+    MOST: tl.constexpr = MOST_BITS // queries.ptr.dtype.element_ty.primitive_bitwidth
+    COLUMNS: tl.constexpr = BLOCK_W if BLOCK_W < MOST else MOST
     WHOLE: tl.constexpr = WIDTH // COLUMNS * COLUMNS
     products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for column in range(0, WHOLE, COLUMNS):

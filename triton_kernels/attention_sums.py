@@ -188,6 +188,7 @@ def sum_relative_bias(
         num_warps=config.num_warps,
         num_stages=1,
         **MULTIPLY_ADDS,
+        **all_registers(TARGET),  # else float32 with biases, softcap and dropout spills 8 bytes on sm_90
     )
     # The lower half of a diagonal of tiles is the upper half of the one before.
     shares = shares.sum((0, 1) if rows == 1 else 0).view(rows, diagonals, 2, block)

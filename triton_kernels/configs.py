@@ -269,15 +269,19 @@ _MORE_BWD = {
     128: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 32, 8, 1)),
     256: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(16, 32, 8, 1)),
 }
-# 4 warps spill a kilobyte, and 32 queries 16 to 9200 bytes.
+# 4 warps spill a kilobyte, and 32 queries 16 to 9200 bytes. At 64, of queries, one stage spills 16 bytes on
+# sm_120, where ptxas stops at 128 registers, and plain calls take 176 of them; two take 98 and 110.
 _FLOAT32_BWD = {
-    64: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 1)),
+    64: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 2)),
     128: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(16, 32, 8, 1)),
     256: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(16, 32, 16, 1)),
 }
 # 32 of the widest keys spill 24 bytes on sm_80, 89, 90 and 120. Fewer only in plain calls: dropout decides 32
 # at a time.
 _PLAIN_FLOAT32_BWD = _FLOAT32_BWD | {256: (AttentionBwdConfig(16, 16, 8, 1), _FLOAT32_BWD[256][1])}
+# There 32 keys of queries spill 348 bytes on gfx942, beside 512 registers; 16 take 358. NVIDIA's chips hold
+# both, and 16 take 1.7 times the instructions a key.
+_AMD_PLAIN_FLOAT32_BWD = _PLAIN_FLOAT32_BWD | {256: (AttentionBwdConfig(16, 16, 8, 1),) * 2}
 
 
 @functools.cache
@@ -286,13 +290,15 @@ def attention_bwd_config(
 ) -> tuple[AttentionBwdConfig, AttentionBwdConfig]:
     """Tiles of the gradients of keys, and of those of queries; arguments as of attention_fwd_config."""
     width = max(width, 64)
+    amd = target.startswith("gfx")
     if itemsize == 4:
-        configs = (_PLAIN_FLOAT32_BWD if plain else _FLOAT32_BWD)[width]
+        of_plain = _AMD_PLAIN_FLOAT32_BWD if amd else _PLAIN_FLOAT32_BWD
+        configs = (of_plain if plain else _FLOAT32_BWD)[width]
     elif plain:
         configs = _PLAIN_BWD.get(target, _PLAIN_BWD["sm_80"])[width]
     else:
         configs = _MORE_BWD[width]
-    if target.startswith("gfx"):  # whose warps have 64 threads, with up to 512 registers each
+    if amd:  # whose warps have 64 threads, with up to 512 registers each
         keys, queries = (c._replace(num_warps=min(4, c.num_warps // 2)) for c in configs)
         configs = keys, queries
     return configs

@@ -22,8 +22,9 @@ from .tiles import aligned
 # One compilation serves every shape: ALIGN says all that is worth knowing of a size.
 _SIZES = ["M", "N", "K", "stride_a", "stride_b", "stride_a2", "stride_b2", "steps", "threshold"]
 gemm_kernel = triton.jit(do_not_specialize=_SIZES)
-# Products that are added up one by one in float32: errors grow with the longer of the two sums.
-_CHUNK = tl.constexpr(256)
+# Products that are added up one by one in float32: errors grow with the longer of the two sums. (With 256 the
+# sums of 300 products were too far from right on an H100, 1.15 times what is allowed.)
+_CHUNK = tl.constexpr(128)
 
 
 @triton.jit

@@ -113,12 +113,9 @@ void run(AttentionFwdParams& p, const OnDevice& device, const Tensor& lse) {
     p.partial_out = floats_of(*workspace);
     p.partial_stats = p.partial_out + plan.partial_rows * p.partial_stride;
   }
-  cudaError_t error = launch_fwd(plan, p, device.stream());
-  STD_TORCH_CHECK(error == cudaSuccess, "attention_fwd_kernel (", name_of(plan.kind), ", D up to ",
-                  plan.block_d, ") was not launched: ", cudaGetErrorString(error));
-  error = launch_combine(plan, p, device.stream());
-  STD_TORCH_CHECK(error == cudaSuccess,
-                  "attention_combine_kernel was not launched: ", cudaGetErrorString(error));
+  check_launched(launch_fwd(plan, p, device.stream()), "attention_fwd_kernel (", name_of(plan.kind),
+                 ", D up to ", plan.block_d, ")");
+  check_launched(launch_combine(plan, p, device.stream()), "attention_combine_kernel");
 }
 
 }  // namespace

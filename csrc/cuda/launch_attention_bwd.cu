@@ -174,8 +174,7 @@ struct BiasSum {
         launch_row_sums({p.row_grads, grad.mutable_data_ptr(), dtype_of(grad, "bias"), p.call.B, p.call.H,
                          p.call.M, size_from_end(grad, 4), size_from_end(grad, 3), size_from_end(grad, 2)},
                         stream);
-    STD_TORCH_CHECK(error == cudaSuccess,
-                    "attention_bwd_row_sums_kernel was not launched: ", cudaGetErrorString(error));
+    check_launched(error, "attention_bwd_row_sums_kernel");
   }
 };
 
@@ -298,8 +297,7 @@ SixTensors attention_bwd(const std::optional<Tensor>& grad_out, const std::optio
   const Workspace workspace(query, plan, deltas, of_bias.rows, stream, p);
   if (deltas > 0) sum_deltas(p, stream);
   const LaunchFailure launched = launch(plan, p, stream);
-  STD_TORCH_CHECK(launched.error == cudaSuccess, launched.kernel, " (D up to ", plan.block_d,
-                  ") was not launched: ", cudaGetErrorString(launched.error));
+  check_launched(launched.error, launched.kernel, " (D up to ", plan.block_d, ")");
   of_bias.run(p, plan.block_m, grads.bias, stream);
   if (need_relative_bias && p.call.N > 0) {
     sum_relative_bias(p, plan.block_m, grads.relative_bias, stream);

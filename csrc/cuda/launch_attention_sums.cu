@@ -31,10 +31,6 @@ namespace fastformer::cuda {
 
 namespace {
 
-void check(cudaError_t error, const char* kernel) {
-  STD_TORCH_CHECK(error == cudaSuccess, kernel, " was not launched: ", cudaGetErrorString(error));
-}
-
 // Into `target`, contiguous, by way of shares where there are some. Its sizes are 1 or the call's.
 void run_sums(AttentionSumsParams& sums, Tensor& target, int32_t target_B, int32_t target_H,
               cudaStream_t stream) {
@@ -44,7 +40,7 @@ void run_sums(AttentionSumsParams& sums, Tensor& target, int32_t target_B, int32
   sums.target.data = target.mutable_data_ptr();
   sums.target.dtype = dtype_of(target, "the result");
   if (plan.shares == 0) {
-    check(launch_sums(plan, sums, stream), "attention_sums_kernel");
+    check_launched(launch_sums(plan, sums, stream), "attention_sums_kernel");
     return;
   }
   Tensor shares = floats_on(target, plan.shares * sums.share_stride);
@@ -52,11 +48,11 @@ void run_sums(AttentionSumsParams& sums, Tensor& target, int32_t target_B, int32
   if (sums.kind == SumKind::kDiagonals) set_zero(shares, stream);
   sums.target.data = shares.mutable_data_ptr();
   sums.target.dtype = DType::kFloat32;
-  check(launch_sums(plan, sums, stream), "attention_sums_kernel");
+  check_launched(launch_sums(plan, sums, stream), "attention_sums_kernel");
   const cudaError_t error =
       launch_add_shares(floats_of(shares), plan.shares, sums.share_stride, target.mutable_data_ptr(),
                         dtype_of(target, "the result"), stream);
-  check(error, "attention_add_shares_kernel");
+  check_launched(error, "attention_add_shares_kernel");
 }
 
 AttentionSumsParams sums_of(const AttentionBwdParams& bwd, SumKind kind, int32_t block_m) {
@@ -75,7 +71,7 @@ void sum_deltas(const AttentionBwdParams& bwd, cudaStream_t stream) {
   sums.bwd.pivots = nullptr;
   sums.bwd.ranges = nullptr;
   const AttentionSumsPlan plan = plan_attention_sums(sums, bwd.call.B, bwd.call.H);
-  check(launch_sums(plan, sums, stream), "attention_sums_kernel");
+  check_launched(launch_sums(plan, sums, stream), "attention_sums_kernel");
 }
 
 void sum_bias(const AttentionBwdParams& bwd, int32_t block_m, Tensor& grad, cudaStream_t stream) {

@@ -163,8 +163,7 @@ struct Launcher {
     const int64_t size = int64_t{p.M} * p.N;
     Tensor parts = empty({plan.parts > 1 ? plan.parts * size : 0}, ScalarType::Float);
     if (plan.parts > 1) p.parts = static_cast<float*>(parts.mutable_data_ptr());
-    const cudaError_t error = launch(kernel, plan, p, device.stream());
-    STD_TORCH_CHECK(error == cudaSuccess, name_of(kernel), " was not launched: ", cudaGetErrorString(error));
+    check_launched(launch(kernel, plan, p, device.stream()), name_of(kernel));
     if (plan.parts > 1) add_rows({p.parts, p.out, size, plan.parts, size, 0, DType::kFloat32, dtype});
   }
 
@@ -184,8 +183,7 @@ struct Launcher {
 
  private:
   void run(const ColumnSumsPlan& plan, const ColumnSumsParams& p) const {
-    const cudaError_t error = launch(plan, p, device.stream());
-    STD_TORCH_CHECK(error == cudaSuccess, "column_sums_kernel was not launched: ", cudaGetErrorString(error));
+    check_launched(launch(plan, p, device.stream()), "column_sums_kernel");
   }
 };
 

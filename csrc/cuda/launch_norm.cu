@@ -84,9 +84,7 @@ namespace {
 
 template <typename Params>
 void run(const NormPlan& plan, const Params& params, const OnDevice& device) {
-  const cudaError_t error = launch(plan, params, device.stream());
-  STD_TORCH_CHECK(error == cudaSuccess, name_of(plan.kernel),
-                  " was not launched: ", cudaGetErrorString(error));
+  check_launched(launch(plan, params, device.stream()), name_of(plan.kernel));
 }
 
 int64_t rows_in(const Tensor& tensor, int64_t columns) { return columns == 0 ? 0 : tensor.numel() / columns; }

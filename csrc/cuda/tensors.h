@@ -19,6 +19,12 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// After a launch; `kernel` is its name, and what tells its instantiations apart.
+template <typename... Words>
+void check_launched(cudaError_t error, const Words&... kernel) {
+  STD_TORCH_CHECK(error == cudaSuccess, kernel..., " was not launched: ", cudaGetErrorString(error));
+}
+
 inline DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -39,6 +40,8 @@ _MAX_ROWS = 2**31 - 1
 _MAX_FEED_FORWARD_ROWS = 2**31 - 2**16
 _MAX_HEAD_DIM = 256
 _OLDEST_CAPABILITY = (8, 0)
+# The first whose functions return None and constants as such.
+_OLDEST_TRITON = (3, 7)
 
 
 @functools.cache
@@ -46,6 +49,19 @@ def _missing_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None
+
+
+@functools.cache
+def _old_triton() -> str | None:
+    """Imports Triton."""
+    import triton
+
+    if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) >= _OLDEST_TRITON:
+        return None
+    wanted = ".".join(map(str, _OLDEST_TRITON))
+    return (
+        f"its kernels need triton {wanted}, which torch 2.12 brings along; {triton.__version__} is installed"
+    )
 
 
 def _interpreting() -> bool:
@@ -70,11 +86,13 @@ def _device_refusal(device: torch.device) -> str | None:
 def ready() -> str | None:
     """None where some tensors can be served on this machine, else the reason why not."""
     missing = _missing_triton()
-    if missing is not None or _interpreting():
+    if missing is not None:
         return missing
+    if _interpreting():
+        return _old_triton()
     if not torch.cuda.is_available():
         return "torch sees no GPU, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
-    return _device_refusal(torch.device("cuda", torch.cuda.current_device()))
+    return _old_triton() or _device_refusal(torch.device("cuda", torch.cuda.current_device()))
 
 
 @raw_ops.constant_in_graphs
@@ -83,13 +101,13 @@ def _unusable(device: torch.device) -> str | None:
     missing = _missing_triton()
     if missing is not None:
         return missing
-    if device.type == "cuda":
-        return None if _interpreting() else _device_refusal(device)
-    if device.type != "cpu":
+    if device.type not in ("cuda", "cpu"):
         return f"it serves CUDA and HIP tensors, not {device.type}"
-    return (
-        None if _interpreting() else "it serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"
-    )
+    if _interpreting():
+        return _old_triton()
+    if device.type == "cpu":
+        return "it serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"
+    return _old_triton() or _device_refusal(device)
 
 
 def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | None:

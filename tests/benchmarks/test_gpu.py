@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from triton import testing
 
+import fastformer
 from benchmarks import gpu
 from benchmarks.bench_attention import RIVALS
 from tests.ops import gpu_plugin
@@ -79,3 +80,20 @@ def test_the_plugin_moves_calls_of_fast_backends_alone():
         assert (seen[-1][2].data_ptr() == bias.data_ptr()) == (wanted == "reference")
     run(fn, query=query, key=bias, bias=bias, scale=3.0)  # the plain formula's call stays where it is
     assert seen[-1][0] == "absent" and seen[-1][2] is bias
+
+
+def test_gradients_of_outputs_move_too_and_a_named_backend_may_refuse():
+    def fn(query, backend):
+        raise fastformer.BackendError(f"backend {backend!r} does not")
+
+    def twice(query, backend):
+        return 2 * query
+
+    grad = torch.full((3,), 5.0)
+    query = torch.ones(3).requires_grad_()
+    run = gpu_plugin.on_device("cpu", "triton")
+    assert torch.equal(run(twice, query=query, backend=None, grad_outputs=[grad])["d_query"], 2 * grad)
+    with pytest.raises(pytest.skip.Exception, match="triton"):
+        run(fn, query=query, backend=None)
+    with pytest.raises(fastformer.BackendError):
+        gpu_plugin.on_device("cpu", None)(fn, query=query, backend=None)

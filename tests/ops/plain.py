@@ -98,7 +98,7 @@ def attention(
         pivot = alive.detach().amax(-1, keepdim=True)
         lse = torch.where(dead, -torch.inf, pivot + (alive - pivot).logsumexp(-1, keepdim=True))[..., 0]
     else:
-        weights, lse = scores, torch.full(scores.shape[:-1], -torch.inf, dtype=scores.dtype)
+        weights, lse = scores, scores.new_full(scores.shape[:-1], -torch.inf)
     weights = weights[..., :N]
     if keep is not None:
         weights = torch.where(keep, weights * keep_scale, 0.0)

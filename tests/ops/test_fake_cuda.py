@@ -185,3 +185,16 @@ def test_gradients_of_fake_tensors(name):
         assert (gradient is not None) == need
         if gradient is not None:
             assert (gradient.shape, gradient.device) == (tensor.shape, torch.device("cuda", 0))
+
+
+def test_an_old_triton_is_refused_with_its_version(monkeypatch):
+    """torch 2.11 brings 3.6 along, whose compiler refuses the kernels."""
+    monkeypatch.setattr("triton.__version__", "3.6.0")
+    backend._old_triton.cache_clear()
+    try:
+        with FakeTensorMode():
+            x = torch.ones(3, E, device="cuda")
+            with pytest.raises(fastformer.BackendError, match=r"triton 3\.7.*3\.6\.0 is installed"):
+                fastformer.rms_norm(x, (E,), backend="triton")
+    finally:
+        backend._old_triton.cache_clear()

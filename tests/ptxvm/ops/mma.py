@@ -5,7 +5,7 @@ import numpy as np
 from ..errors import PtxError, UnsupportedOpcode
 from ..machine import op
 from ..memory import WINDOW
-from ..numeric import FP8, bf16_decode, bf16_encode, f16_encode, tf32_decode
+from ..numeric import FP8, bf16_decode, bf16_encode, f16_encode, tensor_core_sum, tf32_decode
 from ..parse import Reg, Vec
 
 # element format -> (bytes, raw array -> numbers, numbers -> raw array)
@@ -151,10 +151,16 @@ def mma(k, ins):
     acc, out = Fragment(k, c, M, N, tc, True), Fragment(k, d, M, N, td, True)
     saturate = ins.has("satfinite") and td == "s32"
     flops = 2 * M * N * K
+    truncates = ta == "tf32"  # of 16-bit operands the results' rounding hides it, and it takes time
 
     def run(m):
         w, whole = k.warps(m, ins), m is True
-        r = fa.load(w, whole) @ fb.load(w, whole).swapaxes(1, 2) + acc.load(w, whole)
+        left, right, start = fa.load(w, whole), fb.load(w, whole), acc.load(w, whole)
+        if truncates:
+            products = left[:, :, None].astype(np.float64) * right[:, None]
+            r = tensor_core_sum(np.concatenate((products, start[..., None]), -1))
+        else:
+            r = left @ right.swapaxes(1, 2) + start
         if saturate:
             r = np.clip(r, -(2**31), 2**31 - 1)
         out.store(r, w, whole)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests import ptxvm
+from tests.ptxvm.numeric import tensor_core_sum, tf32_round
 
 M32, M64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 TEMPLATE = """.version 8.5
@@ -330,3 +331,32 @@ def test_scoped_names():
     a = np.arange(32, dtype=np.uint64)
     want = [(1 if x <= 5 else 0) + 7 + (100 if x <= 9 else 0) for x in range(32)]
     assert execute(body, "r", a, a, a).tolist() == want
+
+
+def test_tensor_cores_cut_off_what_they_add():
+    last = 2.0**-23  # the last bit of 1
+    assert tensor_core_sum(np.array([1, last / 2, last / 2])) == 1 + last
+    assert tensor_core_sum(np.array([1, last / 4, last / 4])) == 1  # the sum lies between two floats
+    assert tensor_core_sum(np.array([1, *[last / 8] * 8])) == 1
+    assert tensor_core_sum(np.array([-1, -last / 2])) == -1
+    assert tensor_core_sum(np.array([0.0, 0.0])) == 0
+    assert np.isnan(tensor_core_sum(np.array([np.inf, -np.inf])))
+    assert tensor_core_sum(np.array([np.inf, 1.0])) == np.inf
+
+
+def test_long_sums_err_as_on_an_h100():
+    """Relative error and bias of 64 products of normal numbers, each of three tf32 products in one chain of
+    mma.m16n8k8; an H100 gave 4.62e-7 and -2.97e-7."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((8192, 64)).astype(np.float32) for _ in range(2))
+    large_a, large_b = tf32_round(a), tf32_round(b)
+    small_a, small_b = tf32_round(a - large_a), tf32_round(b - large_b)
+    total = np.zeros(len(a), np.float32)
+    for k in range(0, 64, 8):
+        for left, right in ((small_a, large_b), (large_a, small_b), (large_a, large_b)):
+            products = left[:, k : k + 8].astype(np.float64) * right[:, k : k + 8]
+            total = tensor_core_sum(np.concatenate((products, total[:, None]), -1))
+    exact = (a.astype(np.float64) * b).sum(-1)
+    size = np.sqrt((exact**2).mean())
+    assert abs(np.sqrt(((total - exact) ** 2).mean()) / size / 4.62e-7 - 1) < 0.03
+    assert abs(((total - exact) * np.sign(exact)).mean() / size / -2.97e-7 - 1) < 0.06
