@@ -38,6 +38,10 @@ _LITTLE_SHARED = ((8, 6), (8, 9), (12, 0), (12, 1))
 _MAX_SMALL_HEAD_DIM = 128
 # Major compute capabilities whose tensor cores take whole tiles from shared memory.
 _FED_FROM_SHARED = (9, 10)
+# Where tensor cores multiply float32, in three products of its parts, faster than multiply-adds do. 16 x 8 x 8
+# of these take 64 cycles of a quarter of a multiprocessor on 8.0, 32 on all others; the three products take 24
+# on 8.0 and about 19 on 9.0, but 48 or, of GeForce, 96 on 8.6, 8.9 and 12.x. (Of 10.0 nobody has told yet.)
+_FASTER_IN_PARTS = ((8, 0), (9, 0))
 
 
 def _driver_major() -> int:
@@ -152,8 +156,6 @@ def _norm_refusal(x: Tensor) -> str | None:
 def _feed_forward_refusal(tensors: tuple[Tensor | None, ...]) -> str | None:
     x, w1, w2 = tensors[0], tensors[1], tensors[5]
     assert x is not None and w1 is not None and w2 is not None
-    if x.dtype == torch.float32:
-        return "its feed_forward multiplies bfloat16 and float16, not float32"
     if max(math.prod(x.shape[:-1]), *w1.shape, w2.shape[0]) > _MAX_PRODUCT:
         return f"its feed_forward takes at most {_MAX_PRODUCT} rows, and such widths"
     return None
@@ -199,13 +201,23 @@ def _gradient_refusal(tensors: tuple[Tensor | None, ...]) -> str | None:
 def gives_way(op: str, tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether "auto" should prefer Triton's kernel, where that serves the call: these take their operands
     from registers, which is half the rate of tensor cores that take tiles from shared memory; and tiles of
-    feed_forward are made for many rows. Triton has no kernel for pages."""
+    feed_forward are made for many rows. Float32 Triton multiplies without tensor cores, and few rows in
+    larger tiles than 16-bit ones. It has no kernel for pages."""
     first = tensors[0]
     assert first is not None
     if op.startswith(("norm", "paged")):
         return False
-    few_rows = op.startswith("feed_forward") and math.prod(first.shape[:-1]) < _FEW_ROWS
-    return few_rows or _is_fed_from_shared(first.device)
+    if op.startswith("feed_forward"):
+        if first.dtype == torch.float32:
+            return not _is_faster_in_parts(first.device)
+        if math.prod(first.shape[:-1]) < _FEW_ROWS:
+            return True
+    return _is_fed_from_shared(first.device)
+
+
+@raw_ops.constant_in_graphs
+def _is_faster_in_parts(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) in _FASTER_IN_PARTS
 
 
 @raw_ops.constant_in_graphs
