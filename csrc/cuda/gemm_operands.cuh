@@ -9,19 +9,9 @@
 #pragma once
 
 #include "attention_tiles.cuh"
-#include "feed_forward_plan.h"
+#include "gemm_rows.cuh"
 
 namespace fastformer::cuda {
-
-// A word of memory that holds one element.
-template <DType kType>
-struct ElementOf {
-  using Type = uint16_t;
-};
-template <>
-struct ElementOf<DType::kFloat32> {
-  using Type = uint32_t;
-};
 
 constexpr int kStepPanel = kStepBytes / 2;        // of 16-bit elements, as attention_tiles.cuh counts
 constexpr int kDeepRowBytes = 128;                // of a panel whose rows are k
