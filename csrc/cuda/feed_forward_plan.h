@@ -108,8 +108,9 @@ constexpr int kGemmHalf = 64;    // columns of a gated block, whose other half i
 constexpr int kStepBytes = 64;   // of k
 constexpr int kGemmStages = 3;   // steps in shared memory at a time
 constexpr int kGemmThreads = 128;
-constexpr int kGemmBlocks = 2;  // that share a multiprocessor
-constexpr int kGemmGroup = 8;   // tiles of rows that run side by side
+constexpr int kGemmBlocks = 2;   // that share a multiprocessor
+constexpr int kGemmGroup = 8;    // tiles of rows that run side by side
+constexpr int kFewProducts = 8;  // that float32 adds one by one
 // Of a part; below, another part costs more than it brings.
 constexpr int kLeastDepth = 512;
 

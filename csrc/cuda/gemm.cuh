@@ -302,15 +302,17 @@ struct GemmTile {
   }
 
   // Where an operand has infinities the products of its parts are infinities of either sign and NaN. So what
-  // was kept as NaN is computed again, element by element: that is NaN soon, or the infinity.
+  // was kept as NaN is computed again, element by element: that is NaN soon, or the infinity. And so is all
+  // where k is so short that the errors of parts, up to 2^-21, do not even out.
   __device__ __forceinline__ void repair_kept(uint32_t own, int pass) const {
     const GemmPlace place = this->place();
+    const bool few = p.K <= kFewProducts;
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll 1
     for (int slot = 0; slot < 16; ++slot) {
       const uint32_t from = own + slot * 16 * kGemmThreads;
       const uint4 kept = load_shared(from);
-      if (!isnan(__uint_as_float(kept.x)) && !isnan(__uint_as_float(kept.y)) &&
+      if (!few && !isnan(__uint_as_float(kept.x)) && !isnan(__uint_as_float(kept.y)) &&
           !isnan(__uint_as_float(kept.z)) && !isnan(__uint_as_float(kept.w))) {
         continue;
       }
@@ -321,7 +323,7 @@ struct GemmTile {
       for (int e = 0; e < 4; ++e) {
         const int column = first + e / 2 * 8 + 2 * (lane % 4) + e % 2;
         const float value = __uint_as_float(load_shared_word(from + 4 * e));
-        if (!isnan(value) || row >= p.M || column >= p.N) continue;
+        if ((!few && !isnan(value)) || row >= p.M || column >= p.N) continue;
         float sum = 0.0f;
         add_one_by_one(place.part, p.a, high && gated ? p.gate : p.b, row, column, sum);
         if (p.a2.data != nullptr) add_one_by_one(place.part, p.a2, p.b2, row, column, sum);

@@ -38,9 +38,9 @@ _LITTLE_SHARED = ((8, 6), (8, 9), (12, 0), (12, 1))
 _MAX_SMALL_HEAD_DIM = 128
 # Major compute capabilities whose tensor cores take whole tiles from shared memory.
 _FED_FROM_SHARED = (9, 10)
-# Where tensor cores multiply float32, in three products of its parts, faster than multiply-adds do. 16 x 8 x 8
-# of these take 64 cycles of a quarter of a multiprocessor on 8.0 and 32 on all others; the three products take
-# 24 on 8.0 and about 19 on 9.0, but 48 or, of GeForce, 96 on 8.6, 8.9 and 12.x. (10.0: not measured yet.)
+# Where tensor cores multiply float32, in three products of its parts, faster than multiply-adds do. Of these
+# 16 x 8 x 8 take 64 cycles of a quarter of a multiprocessor on 8.0 and 32 on all others; the three products
+# take 24 on 8.0 and about 19 on 9.0, but 48 or, of GeForce, 96 on 8.6, 8.9 and 12.x. (10.0: not measured.)
 _FASTER_IN_PARTS = ((8, 0), (9, 0))
 
 

@@ -264,6 +264,13 @@ def test_the_largest_float32():
     judge_inputs(inputs)
 
 
+def test_few_products_of_float32():
+    """Single products are rounded once."""
+    inputs = without_grad(call("relu", 64, E=1, F=1, E_out=1, bias=False, dtype=F32))
+    out = fastformer.feed_forward(**inputs, backend="cuda")
+    assert torch.equal(out, (inputs["x"] * inputs["w1"]).relu() * inputs["w2"])
+
+
 @pytest.mark.parametrize("E", (512, pytest.param(8192, marks=pytest.mark.slow)))
 def test_long_sums_of_float32(E):
     """Of one sign, where what tensor cores cut off of each sum would add up."""
