@@ -107,6 +107,18 @@ def test_a_row_of_nan_is_one_row():
     assert not weights[0, :, 5:].any()
 
 
+def test_a_row_of_nan_has_no_weight_of_a_key_that_it_sees():
+    """Weights of keys that it does not see are NaN beside them, and 0 in tiles that no row sees."""
+    seen = {"window": (10, 10), "return_weights": True}
+    query, key, value = (t.detach() for t in attention_inputs(1, 1, 140, 140, 16, dtype=BF16).values())
+    query[0, 0, 5] = torch.nan
+    out, weights = fastformer.attention(query, key, value, **seen, backend="cuda")
+    row = weights[0, 0, 5]
+    assert row[:16].isnan().all() and not row[128:].any() and out[0, 0, 5].isnan().all()
+    others = torch.arange(140) != 5
+    assert weights[0, 0, others].isfinite().all() and out[0, 0, others].isfinite().all()
+
+
 @pytest.mark.slow
 def test_weights_in_any_order_of_warps(gradient_emulator):
     inputs = without_grad(some_inputs()) | {"return_weights": "mean"}

@@ -32,12 +32,12 @@ def _keep_what_is_compiled() -> None:
         nvcc.cache_folder = CACHE
 
 
-def _plans() -> ctypes.CDLL:
+def compiled_plans() -> ctypes.CDLL:
     _keep_what_is_compiled()
     return plans()
 
 
-def cubin_of(source: str, target: str, **defined: int | str) -> bytes:
+def cubin_of(source: str | Path, target: str, **defined: int | str) -> bytes:
     _keep_what_is_compiled()
     arch = _BUILT.get(target, target.removeprefix("sm_"))
     flags = (f"-D{name}={value}" for name, value in defined.items())
@@ -53,12 +53,12 @@ def _compile(width: int, dtype: str, kind: str, target: str) -> Compiled:
     number = _KINDS.index(kind)
     cubin = cubin_of("attention_fwd.cu", target, TYPE=DTYPES[dtype], WIDTH=width, KIND=number)
     tile = AttentionTile()
-    shared = _plans().attention_tile(width, number, ctypes.byref(tile))
+    shared = compiled_plans().attention_tile(width, number, ctypes.byref(tile))
     return Compiled("attention_fwd", _named(width, tile), cubin, shared)
 
 
 def _compile_combine(target: str) -> Compiled:
-    threads = _plans().attention_combine_threads()
+    threads = compiled_plans().attention_combine_threads()
     return Compiled("attention_combine", f"threads={threads}", cubin_of("attention_combine.cu", target), 0)
 
 
@@ -67,7 +67,7 @@ def _compile_backward(width: int, dtype: str, plain: bool, target: str) -> Compi
     defined = {"TYPE": DTYPES[dtype], "WIDTH": width, "PLAIN": int(plain)}
     cubin = cubin_of("attention_bwd.cu", target, **defined, KEYS_ALONE=1)
     tile = BackwardTile()
-    shared = _plans().attention_backward_tile(width, plain, ctypes.byref(tile))
+    shared = compiled_plans().attention_backward_tile(width, plain, ctypes.byref(tile))
     return Compiled("attention_bwd_keys", _named(width, tile), cubin, shared)
 
 
@@ -83,7 +83,7 @@ def cuda_attention_cases(op: str, target: str) -> Iterator[Case]:
     for width in _WIDTHS:
         for dtype in DTYPES:
             for number, kind in enumerate(_KINDS):
-                if not _plans().attention_is_chosen(width, number, major):
+                if not compiled_plans().attention_is_chosen(width, number, major):
                     continue
                 gated = dtype == "bfloat16" and kind == "whole"
                 call = partial(_compile, width, dtype, kind)
@@ -100,7 +100,7 @@ def cuda_attention_backward_cases(op: str, target: str) -> Iterator[Case]:
     for width in _BACKWARD_WIDTHS:
         for dtype in DTYPES:
             for plain in (True, False):
-                if plain and not _plans().attention_backward_is_plain(width, most):
+                if plain and not compiled_plans().attention_backward_is_plain(width, most):
                     continue
                 if width > 128 and most.value < 100 * 1024:
                     continue
