@@ -80,18 +80,7 @@ struct PlainRows {
 #pragma unroll
     for (int i = 0; i < 8; ++i) values[i] += bias[i];
     if (p.parts == nullptr) return group.store<kType>(p, p.out, values);
-    if (group.row >= p.M) return;
-    float* const to = p.parts + (int64_t{part} * p.M + group.row) * p.N;
-#pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      const int column = group.column_of(i);
-      if (p.N % 2 == 0) {
-        if (column < p.N) *reinterpret_cast<float2*>(to + column) = make_float2(values[i], values[i + 1]);
-      } else {
-        if (column < p.N) to[column] = values[i];
-        if (column + 1 < p.N) to[column + 1] = values[i + 1];
-      }
-    }
+    group.store_floats(p, p.parts + int64_t{part} * p.M * p.N, p.N % 2 == 0, values);
   }
 
   __device__ __forceinline__ void end(int, int) const {}
@@ -206,8 +195,7 @@ __global__ void __launch_bounds__(kGemmThreads, kGemmBlocks)
     feed_forward_kernel(const __grid_constant__ GemmParams p) {
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   const bool gated = kKernel == GemmKernel::kHidden && p.gated;
-  const GemmPlace place = place_of_block(p, gated ? kGemmHalf : kGemmBlock);
-  TileOf<kType, kKernel> tile(p, place, gated, shared_address(dynamic_shared));
+  TileOf<kType, kKernel> tile(p, gated, shared_address(dynamic_shared));
   if constexpr (kKernel == GemmKernel::kInputGradient) {
 #pragma unroll 1
     for (int product = 0; product < (p.a2.data == nullptr ? 1 : 2); ++product) {
@@ -226,9 +214,9 @@ __global__ void __launch_bounds__(kGemmThreads, kGemmBlocks)
     // Behind the sums that finish() keeps.
     HiddenGradients<kType> epilogue(p, reinterpret_cast<float*>(dynamic_shared + 2 * kStageBytes));
     tile.finish(epilogue);
-    epilogue.store_sums(place);
+    epilogue.store_sums(tile.place());
   } else {
-    PlainRows<kType> epilogue{p, place.part};
+    PlainRows<kType> epilogue{p, tile.place().part};
     tile.finish(epilogue);
   }
 }

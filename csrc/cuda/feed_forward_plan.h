@@ -13,6 +13,14 @@
 // and shared memory takes two products' time for each, so that one warp a quarter keeps tensor cores busy for
 // 0.73 of the time. Three stages are 48 KB: two blocks share any chip's multiprocessor, and one multiplies
 // while the other waits, or finishes its sums.
+//
+// Float32 goes by the same tile, in steps of 16 of k, and three products m16n8k8 of its parts take the place
+// of one: 24 cycles for 1024 multiply-adds, where an A100's own multiply-adds take 64. A warp's eight of k
+// are 96 products of parts, and beside them 128 additions of their sums, 96 instructions that split 32 words,
+// 8 ldmatrix (or a load for each word where rows are k), 4 copies and about 30 for addresses, branches and
+// the barrier: 2.8 slots a product, whose own 8 cycles hide them. (ptxas: 2.8, and 3.1 where the rows of both
+// are k.) Shared memory is asked for a quarter of what there is. 128 registers of sums, 44 of parts and 16 of
+// sums of eight leave none for the columns of the next eight of k, which are loaded when these are done.
 #pragma once
 
 #include <cstdint>
@@ -54,7 +62,7 @@ constexpr bool has_k_rows_b(GemmKernel kernel) {
   return kernel != GemmKernel::kHidden && kernel != GemmKernel::kLinear;
 }
 
-// Rows of 16-bit elements, contiguous, `stride` elements apart. data null: no operand.
+// Rows of the call's dtype, contiguous, `stride` elements apart. data null: no operand.
 struct GemmOperand {
   const void* data;
   int64_t stride;
@@ -81,7 +89,7 @@ struct GemmParams {
   int32_t M;
   int32_t N;
   int32_t K;
-  DType dtype;  // 16 bits
+  DType dtype;
   Activation activation;
   uint32_t threshold;  // a 16-bit decision keeps its element iff it is >= threshold; 0: no dropout
   float scale;         // of what is kept
@@ -89,7 +97,7 @@ struct GemmParams {
   // Set by the plan:
   int32_t aligned_a;  // rows come in whole aligned units of 16 bytes
   int32_t aligned_b;
-  int32_t aligned_c;  // of every matrix [M, N]
+  int32_t aligned_c;  // of every matrix [M, N]; of float32 in units of two elements
   int32_t tiles_m;
   int32_t tiles_n;
   int32_t depth;  // of k, that one part has
@@ -97,27 +105,29 @@ struct GemmParams {
 
 constexpr int kGemmBlock = 128;  // rows and columns of a block's sums
 constexpr int kGemmHalf = 64;    // columns of a gated block, whose other half is the gate's
-constexpr int kGemmStep = 32;    // of k
+constexpr int kStepBytes = 64;   // of k
 constexpr int kGemmStages = 3;   // steps in shared memory at a time
 constexpr int kGemmThreads = 128;
-constexpr int kGemmBlocks = 2;  // that share a multiprocessor
-constexpr int kGemmGroup = 8;   // tiles of rows that run side by side
+constexpr int kGemmBlocks = 2;   // that share a multiprocessor
+constexpr int kGemmGroup = 8;    // tiles of rows that run side by side
+constexpr int kFewProducts = 8;  // that float32 adds one by one
 // Of a part; below, another part costs more than it brings.
 constexpr int kLeastDepth = 512;
 
-constexpr int kOperandBytes = 2 * kGemmBlock * kGemmStep;  // of one step
+constexpr int kOperandBytes = kGemmBlock * kStepBytes;  // of one step
 constexpr int kStageBytes = 2 * kOperandBytes;
 // All that a kernel may have without being allowed more.
 constexpr int kGemmSharedBytes = kGemmStages * kStageBytes;
 static_assert(kGemmSharedBytes <= 48 << 10);
 
+// Of 16 bytes.
+constexpr int elements_of_unit(DType dtype) { return dtype == DType::kFloat32 ? 4 : 8; }
+
+// Of k.
+constexpr int gemm_step(DType dtype) { return kStepBytes / 16 * elements_of_unit(dtype); }
+
 // No size of a product is larger, so that places a tile past an end are still 32-bit numbers.
 constexpr int64_t kMostGemmSize = (int64_t{1} << 31) - (int64_t{1} << 16);
-
-// Whether every row begins at a multiple of 16 bytes and has whole units of them.
-inline bool has_aligned_rows(const GemmOperand& operand, int64_t width) {
-  return aligned(operand.data, operand.stride, DType::kBFloat16, width, kWideUnit);
-}
 
 struct GemmPlan {
   uint32_t grid;  // empty where there is nothing to do
@@ -130,16 +140,20 @@ struct GemmPlan {
 // same order.
 inline GemmPlan plan_gemm(GemmKernel kernel, GemmParams& p, int multiprocessors) {
   const int64_t width_a = has_k_rows_a(kernel) ? p.M : p.K, width_b = has_k_rows_b(kernel) ? p.N : p.K;
-  p.aligned_a = has_aligned_rows(p.a, width_a) && has_aligned_rows(p.a2, width_a);
-  p.aligned_b =
-      has_aligned_rows(p.b, width_b) && has_aligned_rows(p.gate, width_b) && has_aligned_rows(p.b2, width_b);
+  const auto has_aligned_rows = [&](const GemmOperand& operand, int64_t width, int unit) {
+    return aligned(operand.data, operand.stride, p.dtype, width, unit);
+  };
+  const int unit = elements_of_unit(p.dtype), unit_c = p.dtype == DType::kFloat32 ? 2 : unit;
+  p.aligned_a = has_aligned_rows(p.a, width_a, unit) && has_aligned_rows(p.a2, width_a, unit);
+  p.aligned_b = has_aligned_rows(p.b, width_b, unit) && has_aligned_rows(p.gate, width_b, unit) &&
+                has_aligned_rows(p.b2, width_b, unit);
   p.aligned_c = 1;
   for (const void* const matrix : {p.out, p.pre, p.pre_gate, p.dpre, p.dgate}) {
-    if (!has_aligned_rows(GemmOperand{matrix, p.N}, p.N)) p.aligned_c = 0;
+    if (!has_aligned_rows({matrix, p.N}, p.N, unit_c)) p.aligned_c = 0;
   }
   p.tiles_m = static_cast<int32_t>(ceil_div(p.M, kGemmBlock));
   p.tiles_n = static_cast<int32_t>(ceil_div(p.N, p.gated ? kGemmHalf : kGemmBlock));
-  const int64_t tiles = int64_t{p.tiles_m} * p.tiles_n, steps = ceil_div(p.K, kGemmStep);
+  const int64_t tiles = int64_t{p.tiles_m} * p.tiles_n, steps = ceil_div(p.K, gemm_step(p.dtype));
   int64_t parts = 1;
   // What comes after the other products needs the whole sum.
   if (kernel != GemmKernel::kHidden && kernel != GemmKernel::kHiddenGradient && tiles > 0) {
@@ -149,7 +163,7 @@ inline GemmPlan plan_gemm(GemmKernel kernel, GemmParams& p, int multiprocessors)
   }
   const int64_t steps_of_part = ceil_div(steps, parts);
   if (steps_of_part > 0) parts = ceil_div(steps, steps_of_part);
-  p.depth = static_cast<int32_t>(steps_of_part * kGemmStep);
+  p.depth = static_cast<int32_t>(steps_of_part * gemm_step(p.dtype));
   GemmPlan plan{};
   plan.grid = static_cast<uint32_t>(tiles * parts);
   plan.threads = kGemmThreads;

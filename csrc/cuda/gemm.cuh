@@ -1,15 +1,14 @@
-// The product of two matrices of 16-bit elements, summed in float32: c [M, N] from a [M, K] or [K, M] and b
-// [N, K] or [K, N], of any sizes and strides. What becomes of c is the caller's: it gets the sums row by row.
+// The product of two matrices, summed in float32: c [M, N] from a [M, K] or [K, M] and b [N, K] or [K, N], of
+// any sizes and strides. What becomes of c is the caller's: it gets the sums row by row.
 //
-// A block has 128 x 128 of the sums and goes through k in steps of 32, whose operands lie in shared memory
-// three steps deep. An operand whose columns are k is a panel [128, 32], one whose rows are k two panels [32,
-// 64] (see attention_tiles.cuh). The block's columns are two halves of 64, which need not be neighbours: a
-// gated block has the same columns of two products. Warps stand 2 x 2, and each has 32 columns of either
-// half.
+// A block has 128 x 128 of the sums and goes through k in steps of 64 bytes, 32 elements of 16 bits or 16 of
+// float32, whose operands lie in shared memory three steps deep (see gemm_operands.cuh). The block's columns
+// are two halves of 64, which need not be neighbours: a gated block has the same columns of two products.
+// Warps stand 2 x 2, and each has 32 columns of either half.
 #pragma once
 
-#include "attention_tiles.cuh"
-#include "feed_forward_plan.h"
+#include "gemm_operands.cuh"
+#include "gemm_rows.cuh"
 
 namespace fastformer::cuda {
 
@@ -21,219 +20,89 @@ struct GemmPlace {
 // Blocks count down kGemmGroup tiles and then to the right, so that those that run at one time read few rows
 // of a and of b: both stay in L2.
 __device__ __forceinline__ GemmPlace place_of_block(const GemmParams& p, int block_n) {
-  const int tiles = p.tiles_m * p.tiles_n, tile = static_cast<int>(blockIdx.x) % tiles;
+  const int block = static_cast<int>(forgotten(blockIdx.x));
+  const int tiles = p.tiles_m * p.tiles_n, tile = block % tiles;
   const int group = kGemmGroup * p.tiles_n, within = tile % group;
   const int first = tile / group * kGemmGroup, rows = min(p.tiles_m - first, kGemmGroup);
-  return {(first + within % rows) * kGemmBlock, within / rows * block_n,
-          static_cast<int>(blockIdx.x) / tiles};
+  return {(first + within % rows) * kGemmBlock, within / rows * block_n, block / tiles};
 }
-
-// What a thread needs to copy its four units of 16 bytes of one operand's steps. Units 0 and 1 are of the low
-// half of the block's rows (or columns) of c, the others of the high half.
-template <bool kRowsOfK>
-struct OperandCopier {
-  static constexpr int kUnits = kRowsOfK ? 8 : 4;  // of a panel's row
-  static constexpr int kStep = kGemmThreads / kUnits;
-  static constexpr int kPanel = kRowsOfK ? kGemmHalf : kGemmStep;
-
-  const uint16_t* from[4];  // in the step that comes next
-  int64_t advance;          // to the step after it
-  int columns;              // kRowsOfK: that there are of the low half from the thread's unit on
-
-  static __device__ __forceinline__ int unit() { return static_cast<int>(threadIdx.x) % kUnits; }
-  static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / kUnits; }
-  // Where in a step's k unit i is, or begins.
-  static __device__ __forceinline__ int depth(int i) { return kRowsOfK ? row() + i % 2 * kStep : 8 * unit(); }
-
-  // From `k` on. `low` and `high` are the halves' operands and where in them, of `extent` rows or columns,
-  // the halves begin. What lies past the end is read at the end: it reaches no result.
-  __device__ __forceinline__ OperandCopier(const GemmOperand& low, int low_first, const GemmOperand& high,
-                                           int high_first, int extent, int k, bool aligned)
-      : advance(kRowsOfK ? kGemmStep * low.stride : kGemmStep), columns(extent - low_first - 8 * unit()) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const GemmOperand& half = i < 2 ? low : high;
-      int first = i < 2 ? low_first : high_first;
-      int64_t offset = 0;
-      if constexpr (kRowsOfK) {
-        first += 8 * unit();
-        if (aligned) first = min(first, extent - 8);
-        offset = (int64_t{k} + depth(i)) * half.stride + first;
-      } else {
-        first = min(first + row() + i % 2 * kStep, extent - 1);
-        offset = first * half.stride + k + depth(i);
-      }
-      from[i] = static_cast<const uint16_t*>(half.data) + offset;
-    }
-  }
-
-  static __device__ __forceinline__ uint32_t place_in(uint32_t shared, int i) {
-    return shared + place_in_panel<kPanel>(row(), unit()) + i * (kOperandBytes / 4);
-  }
-
-  // Starts to copy unit i of a step of which `left` of k there are, zeros beyond, and goes on to the next
-  // step.
-  __device__ __forceinline__ void start(int i, uint32_t shared, int left) {
-    copy_async(place_in(shared, i), from[i], depth(i) < left);
-    from[i] += advance;
-  }
-
-  // The same of all units.
-  __device__ __forceinline__ void copy(uint32_t shared, int left, bool aligned) {
-    if (!aligned) return copy_elements(shared, left);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) start(i, shared, left);
-  }
-
-  // Of rows that are not aligned, at once.
-  __device__ __forceinline__ void copy_elements(uint32_t shared, int left) {
-#pragma unroll 1
-    for (int e = 0; e < 8; ++e) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool real = kRowsOfK ? depth(i) < left && e < columns - i / 2 * kGemmHalf : depth(i) + e < left;
-        store_shared(place_in(shared, i) + 2 * e, real ? from[i][e] : uint16_t{0});
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) from[i] += advance;
-  }
-};
-
-// Lane t of the four that share a row gives word w of its own, and gets word t of lane w.
-__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    const bool upper = (threadIdx.x & bit) != 0;
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      if ((w & bit) != 0) continue;
-      const uint32_t theirs = __shfl_xor_sync(0xffffffffu, upper ? words[w] : words[w | bit], bit);
-      words[w] = upper ? theirs : words[w];
-      words[w | bit] = upper ? words[w | bit] : theirs;
-    }
-  }
-}
-
-// Eight elements of a row of c: of the 32 columns from `column` on a lane has 8 w + 2 t + e as element 2 w +
-// e, where t is its place among the four lanes of the row. Dropout decides in the same order.
-struct RowGroup {
-  int row, column;
-
-  static __device__ __forceinline__ int place() { return static_cast<int>(threadIdx.x) % 4; }
-  // Of element i.
-  __device__ __forceinline__ int column_of(int i) const { return column + i / 2 * 8 + 2 * place() + i % 2; }
-
-  // To and from a contiguous matrix [M, N] of 16-bit elements. All lanes of a warp must call.
-  template <DType kType>
-  __device__ __forceinline__ void store(const GemmParams& p, void* matrix, const float (&values)[8]) const {
-    uint16_t* const to = static_cast<uint16_t*>(matrix) + int64_t{row} * p.N;
-    uint32_t words[4];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) words[w] = pack_halves(values[2 * w], values[2 * w + 1], kType);
-    if (p.aligned_c) {
-      transpose_quad(words);
-      const int first = column + 8 * place();
-      if (row < p.M && first < p.N)
-        store_global(to + first, make_uint4(words[0], words[1], words[2], words[3]));
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const uint16_t half = static_cast<uint16_t>(words[i / 2] >> i % 2 * 16);
-        if (row < p.M && column_of(i) < p.N) to[column_of(i)] = half;
-      }
-    }
-  }
-
-  // Zeros past the ends.
-  template <DType kType>
-  __device__ __forceinline__ void load(const GemmParams& p, const void* matrix, float (&values)[8]) const {
-    const uint16_t* const from = static_cast<const uint16_t*>(matrix) + int64_t{row} * p.N;
-    if (p.aligned_c) {
-      const int first = column + 8 * place();
-      const uint4 unit = load_streaming(from + first, row < p.M && first < p.N);
-      uint32_t words[4] = {unit.x, unit.y, unit.z, unit.w};
-      transpose_quad(words);
-      unpack(words, kType, values);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const bool real = row < p.M && column_of(i) < p.N;
-        values[i] = real ? load_element(from, kType, column_of(i)) : 0.0f;
-      }
-    }
-  }
-
-  // Elements of a vector [N], zeros past its end.
-  template <DType kType>
-  __device__ __forceinline__ void load_vector(const GemmParams& p, const void* vector,
-                                              float (&values)[8]) const {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const bool real = vector != nullptr && column_of(i) < p.N;
-      values[i] = real ? load_element(vector, kType, column_of(i)) : 0.0f;
-    }
-  }
-};
 
 // One block's sums.
 template <DType kType, bool kRowsOfKA, bool kRowsOfKB>
 struct GemmTile {
+  static constexpr bool kFloat32 = kType == DType::kFloat32;
   static constexpr int kRowTiles = 4, kTiles = 8;  // of 16 rows, and of 8 columns: 4 of either half
-  static constexpr int kHalfBytes = kOperandBytes / 2;
-  using CopierA = OperandCopier<kRowsOfKA>;
-  using CopierB = OperandCopier<kRowsOfKB>;
+  static constexpr int kStep = gemm_step(kType);
+  // How many steps are copied before they are multiplied.
+  static constexpr int kAhead = kFloat32 ? kGemmStages - 1 : kGemmStages;
+  using CopierA = OperandCopier<kType, kRowsOfKA>;
+  using CopierB = OperandCopier<kType, kRowsOfKB>;
 
   const GemmParams& p;
-  const GemmPlace place;
   const bool gated;  // the high half is the gate's
   const uint32_t shared;
+  const uint32_t first_a = address_a(), first_b = address_b();
   float sums[kRowTiles][kTiles][4] = {};
-  uint32_t a[2][kRowTiles][4], b[2][kTiles / 2][4];  // fragments of 16 of k, and of the next 16
+  Fragments<kType> fragments;
 
-  __device__ __forceinline__ GemmTile(const GemmParams& p, const GemmPlace& place, bool gated,
-                                      uint32_t shared)
-      : p(p), place(place), gated(gated), shared(shared) {}
+  __device__ __forceinline__ GemmTile(const GemmParams& p, bool gated, uint32_t shared)
+      : p(p), gated(gated), shared(shared) {}
+
+  // Computed anew where it is asked for: the loop over k has no registers to keep it.
+  __device__ __forceinline__ GemmPlace place() const {
+    return place_of_block(p, gated ? kGemmHalf : kGemmBlock);
+  }
 
   static __device__ __forceinline__ int warp_m() { return static_cast<int>(threadIdx.x) / kWarp / 2; }
   static __device__ __forceinline__ int warp_n() { return static_cast<int>(threadIdx.x) / kWarp % 2; }
 
-  // Addresses for ldmatrix of the warp's first rows, or columns, in a step that lies at 0.
+  // Where this lane reads the warp's first rows, or columns, of a step that lies at 0.
   static __device__ __forceinline__ uint32_t address_a() {
-    return warp_m() * kHalfBytes +
-           (kRowsOfKA ? rows_then_units<kGemmHalf>(0) : units_then_rows<kGemmStep>(0));
+    const uint32_t half = warp_m() * kHalfBytes;
+    if constexpr (!kRowsOfKA) return half + units_then_rows<kStepPanel>(0);
+    if constexpr (kFloat32) return word_in_deep_panel(half);
+    return half + rows_then_units<kGemmHalf>(0);
   }
   static __device__ __forceinline__ uint32_t address_b() {
     const uint32_t first = warp_n() * 32;
-    return kOperandBytes + (kRowsOfKB ? units_then_rows<kGemmHalf>(0) ^ 2 * first
-                                      : rows_then_units<kGemmStep>(0) + 2 * kGemmStep * first);
+    if constexpr (!kRowsOfKB) return kOperandBytes + kStepBytes * first + rows_then_units<kStepPanel>(0);
+    if constexpr (kFloat32) return word_in_deep_panel(kOperandBytes + warp_n() * kQuarterBytes);
+    return kOperandBytes + (units_then_rows<kGemmHalf>(0) ^ 2 * first);
   }
 
-  // Of 16 of k, the kSixteen-th of a step: fragments of row tile i of a, and of column pair i of b.
-  template <int kSixteen>
-  __device__ __forceinline__ void load(int i, uint32_t at_a, uint32_t at_b) {
-    constexpr int kRowBytes = 2 * kGemmStep, kDeepBytes = 2 * kGemmHalf;
-    const int half = i / 2, pair = i % 2;
-    if constexpr (kRowsOfKB) {
-      load_matrices_transposed(at_step(at_b, pair) + (half * kHalfBytes + 16 * kSixteen * kDeepBytes),
-                               b[kSixteen][i]);
-    } else {
-      load_matrices(at_step(at_b, kSixteen) + (half * kHalfBytes + 16 * pair * kRowBytes), b[kSixteen][i]);
-    }
-    if constexpr (kRowsOfKA) {
-      load_matrices_transposed(at_step(at_a, i) + 16 * kSixteen * kDeepBytes, a[kSixteen][i]);
-    } else {
-      load_matrices(at_step(at_a, kSixteen) + 16 * i * kRowBytes, a[kSixteen][i]);
-    }
-  }
-
-  // The products of row tile m.
-  template <int kSixteen>
-  __device__ __forceinline__ void add_products(int m) {
+  // Of half a step, the part-th, that lies at `stage`: row tile i of a.
+  __device__ __forceinline__ void load_rows(int part, int i, uint32_t stage, uint32_t (&rows)[4]) const {
+    const uint32_t at = stage + first_a;
+    const int deep_bytes = part * kStep / 2 * kDeepRowBytes;
+    if constexpr (!kRowsOfKA) {
+      load_matrices(at_step(at, part) + 16 * i * kStepBytes, rows);
+    } else if constexpr (kFloat32) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      const uint32_t (&words)[4] = b[kSixteen][n / 2];
-      multiply<kType>(sums[m][n], a[kSixteen][m], words[n % 2 * 2], words[n % 2 * 2 + 1]);
+      for (int w = 0; w < 4; ++w) {
+        rows[w] = load_shared_word(at_step(at, i % 2 * 2 + w % 2) +
+                                   (i / 2 * kQuarterBytes + deep_bytes + w / 2 * 4 * kDeepRowBytes));
+      }
+    } else {
+      load_matrices_transposed(at_step(at, i) + deep_bytes, rows);
+    }
+  }
+
+  // Column pair i of b.
+  __device__ __forceinline__ void load_columns(int part, int i, uint32_t stage,
+                                               uint32_t (&columns)[4]) const {
+    const uint32_t at = stage + first_b;
+    const int half_bytes = i / 2 * kHalfBytes, pair = i % 2;
+    const int deep_bytes = half_bytes + part * kStep / 2 * kDeepRowBytes;
+    if constexpr (!kRowsOfKB) {
+      load_matrices(at_step(at, part) + (half_bytes + 16 * pair * kStepBytes), columns);
+    } else if constexpr (kFloat32) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        columns[w] =
+            load_shared_word(at_step(at, 2 * pair + w / 2) + (deep_bytes + w % 2 * 4 * kDeepRowBytes));
+      }
+    } else {
+      load_matrices_transposed(at_step(at, pair) + deep_bytes, columns);
     }
   }
 
@@ -247,16 +116,15 @@ struct GemmTile {
     }
   }
 
-  // Copies and loads stand among the products that hide them: fragments of the next 16 of k, across the
-  // barrier too, and operands three steps ahead. All loads come before all copies: each time that one follows
-  // the other ptxas sets three empty instructions between them for sm_80.
   template <bool kAligned>
   __device__ __forceinline__ void accumulate_aligned(const GemmOperand& left, const GemmOperand& right,
                                                      const GemmOperand& high) {
-    const bool aligned_a = kAligned || p.aligned_a, aligned_b = kAligned || p.aligned_b;
+    // Of float32 either both operands are copied in whole units or none is.
+    const bool aligned_a = kAligned || (!kFloat32 && p.aligned_a);
+    const bool aligned_b = kAligned || (!kFloat32 && p.aligned_b);
+    const GemmPlace place = this->place();
     const int k = place.part * p.depth;
     int rest = min(p.K - k, p.depth);  // of k, from the step on that is copied next
-    int steps = (rest + kGemmStep - 1) / kGemmStep;
     CopierA of_a(left, place.m0, left, place.m0 + kGemmHalf, p.M, k, aligned_a);
     CopierB of_b(right, place.n0, high, gated ? place.n0 : place.n0 + kGemmHalf, p.N, k, aligned_b);
     const auto copy = [&](uint32_t stage) {
@@ -264,46 +132,42 @@ struct GemmTile {
       of_b.copy(stage + kOperandBytes, rest, aligned_b);
     };
     uint32_t stage = shared, next = shared + kStageBytes, last = shared + 2 * kStageBytes;
-    const auto start_copies = [&](int i) {
-      of_a.start(i, stage, rest);
-      of_b.start(i, stage + kOperandBytes, rest);
-    };
     copies_wait<0>();
     __syncthreads();  // everybody is done with what the product before left in shared memory
 #pragma unroll 1
-    for (int i = 0; i < kGemmStages; ++i) {
+    for (int i = 0; i < kAhead; ++i) {
       copy(shared + i * kStageBytes);
       copies_commit();
-      rest -= kGemmStep;
+      rest -= kStep;
     }
-    copies_wait<2>();
+    copies_wait<kAhead - 1>();
     __syncthreads();
-    const uint32_t first_a = address_a(), first_b = address_b();
+    const auto start_copies = [&](uint32_t to, int first, int end) {
+      const auto to_a = of_a.target(to, rest);
+      const auto to_b = of_b.target(to + kOperandBytes, rest);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) load<0>(i, stage + first_a, stage + first_b);
+      for (int i = first; i < end; ++i) {
+        of_a.template start<kAligned || !kFloat32>(i, to_a);
+        of_b.template start<kAligned || !kFloat32>(i, to_b);
+      }
+    };
+    load_first(0, stage);
+    // Of the warp, that are not all past the end.
+    const int row_tiles = (p.M - place.m0 - kGemmHalf * warp_m() + 15) / 16;
 #pragma unroll 1
-    for (; steps > 0; --steps) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        load<1>(i, stage + first_a, stage + first_b);
-        add_products<0>(i);
+    while (rest > -kAhead * kStep) {
+      if constexpr (kFloat32) {
+        start_copies(last, 0, 4);
+        copies_commit();
+        multiply_floats(stage, next, row_tiles);
+      } else if constexpr (kAligned) {
+        multiply_halves(stage, next, [] {}, start_copies);
+        copies_commit();
+      } else {
+        multiply_halves(stage, next, [&] { copy(stage); }, [](uint32_t, int, int) {});
+        copies_commit();
       }
-      copies_wait<1>();
-      __syncthreads();  // the next step is there, and everybody has read this one
-      if constexpr (!kAligned) copy(stage);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i < 2) {
-          load<0>(2 * i, next + first_a, next + first_b);
-          load<0>(2 * i + 1, next + first_a, next + first_b);
-        } else if constexpr (kAligned) {
-          start_copies(2 * i - 4);
-          start_copies(2 * i - 3);
-        }
-        add_products<1>(i);
-      }
-      copies_commit();
-      rest -= kGemmStep;
+      rest -= kStep;
       const uint32_t done = stage;
       stage = next;
       next = last;
@@ -321,11 +185,13 @@ struct GemmTile {
     constexpr uint32_t kSlot = 16 * kGemmThreads;  // bytes: four floats of every thread
     copies_wait<0>();
     __syncthreads();  // everybody is done with the operands
+    const GemmPlace place = this->place();
     const uint32_t own = shared + 16 * threadIdx.x;
     const int lane_row = static_cast<int>(threadIdx.x) % kWarp / 4;
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
       keep_two_row_tiles(own);
+      if constexpr (kFloat32) repair_kept(own, pass);
       const int first = place.m0 + kGemmHalf * warp_m() + 32 * pass;
 #pragma unroll 1
       for (int half = 0; half < (gated ? 1 : 2); ++half) {
@@ -345,6 +211,76 @@ struct GemmTile {
   }
 
  private:
+  // Of half a step: what a loop over k begins with.
+  __device__ __forceinline__ void load_first(int part, uint32_t stage) {
+    if constexpr (kFloat32) {
+      load_rows(part, 0, stage, fragments.a);
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) load_columns(part, pair, stage, fragments.b[pair]);
+      fragments.take_columns();
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) load(part, i, stage);
+    }
+  }
+
+  // Of half a step of 16-bit elements: row tile and column pair i.
+  __device__ __forceinline__ void load(int part, int i, uint32_t stage) {
+    load_columns(part, i, stage, fragments.b[part][i]);
+    load_rows(part, i, stage, fragments.a[part][i]);
+  }
+
+  // Once in a step: the next step is there, and everybody has read this one.
+  static __device__ __forceinline__ void change_steps() {
+    copies_wait<1>();
+    __syncthreads();
+  }
+
+  // sums += the product of a step. Copies and loads stand among the products that hide them: fragments of the
+  // next half step, across the barrier too, and operands three steps ahead. All loads come before all copies:
+  // each time that one follows the other ptxas sets three empty instructions between them for sm_80.
+  // `copy()` copies at once, `start_copies(first, end)` starts to, of either operand the thread's units from
+  // `first` on.
+  template <typename Copy, typename StartCopies>
+  __device__ __forceinline__ void multiply_halves(uint32_t stage, uint32_t next, const Copy& copy,
+                                                  const StartCopies& start_copies) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      load(1, i, stage);
+      fragments.add_products(0, i, sums[i]);
+    }
+    change_steps();
+    copy();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < 2) {
+        load(0, 2 * i, next);
+        load(0, 2 * i + 1, next);
+      } else {
+        start_copies(stage, 2 * i - 4, 2 * i - 2);
+      }
+      fragments.add_products(1, i, sums[i]);
+    }
+  }
+
+  // The same of float32, whose parts leave fewer registers: a row tile of a is loaded while the one before it
+  // is multiplied, but the columns of a half step when the one before it is done. Meanwhile the other block
+  // that shares the multiprocessor multiplies.
+  __device__ __forceinline__ void multiply_floats(uint32_t stage, uint32_t next, int row_tiles) {
+#pragma unroll 1
+    for (int part = 0; part < 2; ++part) {
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        if (m >= row_tiles) break;
+        fragments.take_rows();
+        if (m < 3) load_rows(part, m + 1, stage, fragments.a);
+        fragments.add_products(sums[m]);
+      }
+      if (part == 1) change_steps();
+      load_first(1 - part, part == 0 ? stage : next);
+    }
+  }
+
   // To slot 4 (2 m + r) + 2 half, and the next: row tiles 0 and 1, whose place the others take.
   __device__ __forceinline__ void keep_two_row_tiles(uint32_t own) {
 #pragma unroll
@@ -363,6 +299,50 @@ struct GemmTile {
         for (int e = 0; e < 4; ++e) sums[m][n][e] = sums[m + 2][n][e];
       }
     }
+  }
+
+  // Where an operand has infinities the products of its parts are infinities of either sign and NaN. So what
+  // was kept as NaN is computed again, element by element: that is NaN soon, or the infinity. And so is all
+  // where k is so short that the errors of parts, up to 2^-21, do not even out.
+  __device__ __forceinline__ void repair_kept(uint32_t own, int pass) const {
+    const GemmPlace place = this->place();
+    const bool few = p.K <= kFewProducts;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll 1
+    for (int slot = 0; slot < 16; ++slot) {
+      const uint32_t from = own + slot * 16 * kGemmThreads;
+      const uint4 kept = load_shared(from);
+      if (!few && !isnan(__uint_as_float(kept.x)) && !isnan(__uint_as_float(kept.y)) &&
+          !isnan(__uint_as_float(kept.z)) && !isnan(__uint_as_float(kept.w))) {
+        continue;
+      }
+      const int row = place.m0 + kGemmHalf * warp_m() + 32 * pass + slot / 4 * 8 + lane / 4;
+      const bool high = slot % 4 >= 2;
+      const int first = place.n0 + (high && !gated ? kGemmHalf : 0) + 32 * warp_n() + slot % 2 * 16;
+#pragma unroll 1
+      for (int e = 0; e < 4; ++e) {
+        const int column = first + e / 2 * 8 + 2 * (lane % 4) + e % 2;
+        const float value = __uint_as_float(load_shared_word(from + 4 * e));
+        if ((!few && !isnan(value)) || row >= p.M || column >= p.N) continue;
+        float sum = 0.0f;
+        add_one_by_one(place.part, p.a, high && gated ? p.gate : p.b, row, column, sum);
+        if (p.a2.data != nullptr) add_one_by_one(place.part, p.a2, p.b2, row, column, sum);
+        store_shared(from + 4 * e, __float_as_uint(sum));
+      }
+    }
+  }
+
+  // sum += the product of one element of c.
+  __device__ __forceinline__ void add_one_by_one(int part, const GemmOperand& left, const GemmOperand& right,
+                                                 int row, int column, float& sum) const {
+    const int64_t step_a = kRowsOfKA ? left.stride : 1, step_b = kRowsOfKB ? right.stride : 1;
+    int k = part * p.depth;
+    const int end = min(p.K, k + p.depth);
+    const float* a = static_cast<const float*>(left.data) + k * step_a + row * (kRowsOfKA ? 1 : left.stride);
+    const float* b =
+        static_cast<const float*>(right.data) + k * step_b + column * (kRowsOfKB ? 1 : right.stride);
+#pragma unroll 1
+    for (; k < end && !isnan(sum); ++k, a += step_a, b += step_b) sum = fmaf(*a, *b, sum);
   }
 
   static __device__ __forceinline__ void load_kept(uint32_t place, uint32_t slot, float (&values)[8]) {

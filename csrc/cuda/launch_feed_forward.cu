@@ -27,8 +27,9 @@ FeedForwardKernel kernel_of(GemmKernel kernel) {
 }
 
 cudaError_t launch(GemmKernel kernel, const GemmPlan& plan, const GemmParams& p, cudaStream_t stream) {
-  const FeedForwardKernel chosen =
-      p.dtype == DType::kBFloat16 ? kernel_of<DType::kBFloat16>(kernel) : kernel_of<DType::kFloat16>(kernel);
+  const FeedForwardKernel chosen = p.dtype == DType::kFloat32    ? kernel_of<DType::kFloat32>(kernel)
+                                   : p.dtype == DType::kBFloat16 ? kernel_of<DType::kBFloat16>(kernel)
+                                                                 : kernel_of<DType::kFloat16>(kernel);
   chosen<<<plan.grid, plan.threads, plan.shared_bytes, stream>>>(p);
   return cudaGetLastError();
 }
@@ -62,7 +63,6 @@ GemmOperand operand_of(const Rows& rows) { return {rows.data(), rows.stride}; }
 struct FeedForwardCall {
   explicit FeedForwardCall(const FeedForwardArguments& given)
       : dtype(dtype_of(given.x, "x")), x(given.x), w1(given.w1), w2(given.w2), w_gate(given.w_gate) {
-    STD_TORCH_CHECK(dtype != DType::kFloat32, "feed_forward on cuda multiplies bfloat16 and float16");
     STD_TORCH_CHECK(x.dim() >= 1 && w1.dim() == 2 && w2.dim() == 2,
                     "x must be [..., E], w1 [F, E] and w2 [E_out, F]");
     int64_t count = 1;

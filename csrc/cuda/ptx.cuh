@@ -93,6 +93,18 @@ __device__ __forceinline__ void copy_async(uint32_t shared, const void* global, 
       : "memory");
 }
 
+// The same of 4 bytes, aligned to as many; by way of L1.
+__device__ __forceinline__ void copy_async_word(uint32_t shared, const void* global, bool wanted) {
+  asm volatile(
+      "{\n"
+      "  .reg .pred ignored;\n"
+      "  setp.eq.b32 ignored, %2, 0;\n"
+      "  cp.async.ca.shared.global [%0], [%1], 4, ignored;\n"
+      "}\n" ::"r"(shared),
+      "l"(global), "r"(static_cast<int>(wanted))
+      : "memory");
+}
+
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most kPending of this thread's groups of copies are under way.
@@ -133,6 +145,12 @@ __device__ __forceinline__ uint4 load_shared(uint32_t shared) {
                : "r"(shared)
                : "memory");
   return words;
+}
+
+__device__ __forceinline__ uint32_t load_shared_word(uint32_t shared) {
+  uint32_t word;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(shared) : "memory");
+  return word;
 }
 
 // Starts over what other blocks have written: everything before their `store_release` of what is read here.

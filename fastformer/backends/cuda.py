@@ -28,8 +28,8 @@ _MAX_ROWS = 2**31 - 1
 _MAX_COLUMNS = 2**30
 # A product counts past its last row and column to the end of a tile.
 _MAX_PRODUCT = 2**31 - 2**16
-# Fewer rows fill no tile of 128.
-_FEW_ROWS = 128
+# Fewer rows of feed_forward, and as many queries, are little work.
+_FEW_ROWS, _FEW_QUERIES = 128, 16
 _MAX_HEAD_DIM = 256
 # Queries and keys together, so that sums of positions stay 32-bit.
 _MAX_POSITIONS = 2**29
@@ -38,6 +38,10 @@ _LITTLE_SHARED = ((8, 6), (8, 9), (12, 0), (12, 1))
 _MAX_SMALL_HEAD_DIM = 128
 # Major compute capabilities whose tensor cores take whole tiles from shared memory.
 _FED_FROM_SHARED = (9, 10)
+# Where tensor cores multiply float32, in three products of its parts, faster than multiply-adds do. Of these
+# 16 x 8 x 8 take 64 cycles of a quarter of a multiprocessor on 8.0 and 32 on all others; the three products
+# take 24 on 8.0 and about 19 on 9.0, but 48 or, of GeForce, 96 on 8.6, 8.9 and 12.x. (10.0: not measured.)
+_FASTER_IN_PARTS = ((8, 0), (9, 0))
 
 
 def _driver_major() -> int:
@@ -152,8 +156,6 @@ def _norm_refusal(x: Tensor) -> str | None:
 def _feed_forward_refusal(tensors: tuple[Tensor | None, ...]) -> str | None:
     x, w1, w2 = tensors[0], tensors[1], tensors[5]
     assert x is not None and w1 is not None and w2 is not None
-    if x.dtype == torch.float32:
-        return "its feed_forward multiplies bfloat16 and float16, not float32"
     if max(math.prod(x.shape[:-1]), *w1.shape, w2.shape[0]) > _MAX_PRODUCT:
         return f"its feed_forward takes at most {_MAX_PRODUCT} rows, and such widths"
     return None
@@ -197,18 +199,25 @@ def _gradient_refusal(tensors: tuple[Tensor | None, ...]) -> str | None:
 
 def gives_way(op: str, tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether "auto" should prefer Triton's kernel, where that serves the call: these take their operands
-    from registers, which is half the rate of tensor cores that take tiles from shared memory; and tiles of
-    feed_forward are made for many rows. Triton has no kernel for pages.
-
-    Attention of float32 comes first everywhere. What a warp multiplies in one mma.m16n8k8 takes Triton 32
-    FFMA in 50 issue slots, and these kernels three products in 18 slots: on 8.0 64 cycles against 24, on 9.0
-    50 against 19, on 10.0 50 against 24; on 8.6, 8.9 and 12.x, whose tensor cores are slow, 50 against 48."""
+    from registers, which is half the rate of tensor cores that take tiles from shared memory. Not where
+    little is to be done, which takes Triton longer to launch than to do: one query beside 8192 keys took an
+    H100 41 us and Triton 300, feed_forward of 32 rows 226 and 423. Triton has no kernel for pages."""
     first = tensors[0]
     assert first is not None
-    if op.startswith(("norm", "paged")) or (op.startswith("attention") and first.dtype == torch.float32):
+    if op.startswith(("norm", "paged")):
         return False
-    few_rows = op.startswith("feed_forward") and math.prod(first.shape[:-1]) < _FEW_ROWS
-    return few_rows or _is_fed_from_shared(first.device)
+    if first.dtype == torch.float32:
+        return not _is_faster_in_parts(first.device)
+    if op.startswith("feed_forward"):
+        little = math.prod(first.shape[:-1]) < _FEW_ROWS
+    else:
+        little = op == "attention_fwd" and first.dim() == 4 and first.shape[2] <= _FEW_QUERIES
+    return not little and _is_fed_from_shared(first.device)
+
+
+@raw_ops.constant_in_graphs
+def _is_faster_in_parts(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) in _FASTER_IN_PARTS
 
 
 @raw_ops.constant_in_graphs

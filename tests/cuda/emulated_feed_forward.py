@@ -76,10 +76,10 @@ class FeedForwardEmulator:
         )
         self._launch(kernel, instance, plan.grid, plan.threads, p, given, plan.shared_bytes)
         if plan.parts > 1:
-            self._add_rows(given["parts"], given["out"])
+            self._add_rows(given["parts"], given["out"], dtype)
 
-    def _add_rows(self, matrix, out):
-        """out = the sums of the matrix's columns."""
+    def _add_rows(self, matrix, out, call_dtype):
+        """out = the sums of the matrix's columns, by the kernel of a call's module."""
         if out.numel() == 0:
             return
         p = ColumnSumsParams(stride=matrix.stride(0), rows=matrix.shape[0], columns=matrix.shape[1])
@@ -90,12 +90,11 @@ class FeedForwardEmulator:
             sums = poisoned((plan.grid_y, p.columns), torch.float32)
         p.dtype, p.out_dtype = DTYPES[matrix.dtype], DTYPES[sums.dtype]
         tensors = {"matrix": matrix, "out": sums} if matrix.numel() else {"out": sums}
-        half = torch.bfloat16 if out.dtype == torch.float32 else out.dtype
-        kernel = kernels(half, self.arch).kernel("column_sums_kernel")
+        kernel = kernels(call_dtype, self.arch).kernel("column_sums_kernel")
         grid, block = (plan.grid_x, plan.grid_y), (plan.block_x, plan.block_y)
         self._launch("sums", kernel, grid, block, p, tensors)
         if plan.grid_y > 1:
-            self._add_rows(sums, out)
+            self._add_rows(sums, out, call_dtype)
 
     def _call(self, x, w_gate, seed, activation, dropout_p):
         """What every product of a call is told, and the tensors of that."""
@@ -166,5 +165,5 @@ class FeedForwardEmulator:
             if of.dim() == 2:
                 self._multiply("weight_gradient", call, (*of.shape, rows), {"a": a, "b": b}, {"out": of})
         for of, sums in ((db1, made["dpre_sums"]), (db_gate, made["dgate_sums"]), (db2, grad)):
-            self._add_rows(sums, of)
+            self._add_rows(sums, of, x.dtype)
         return tuple(grads)

@@ -206,7 +206,7 @@ def feed_forward_tensors(rows=4096, E=64, F=256, E_out=64, **more):
     [
         ({}, None),
         ({"rows": 1, "E": 1, "F": 1, "E_out": 1, "dtype": torch.float16}, None),
-        ({"dtype": torch.float32}, "multiplies bfloat16 and float16, not float32"),
+        ({"dtype": torch.float32}, None),
         ({"dtype": torch.float64}, "not float64"),
         ({"rows": 2**31}, "at most 2147418112 rows"),
         ({"F": 2**31}, "at most 2147418112 rows, and such widths"),
@@ -219,30 +219,43 @@ def test_what_feed_forward_refuses(machine, op, given, reason):
 
 
 @pytest.mark.parametrize(
-    "capability, rows, first", [((8, 0), 4096, "cuda"), ((8, 0), 127, "triton"), ((9, 0), 4096, "triton")]
+    "capability, given, first",
+    [
+        ((8, 0), {}, "cuda"),
+        ((9, 0), {}, "triton"),
+        ((9, 0), {"rows": 128}, "triton"),
+        ((9, 0), {"rows": 127}, "cuda"),
+        ((12, 0), {}, "cuda"),
+        *((capability, {"dtype": torch.float32}, "cuda") for capability in ((8, 0), (9, 0))),
+        *((capability, {"dtype": torch.float32}, "triton") for capability in ((8, 6), (10, 0), (12, 0))),
+        ((8, 0), {"dtype": torch.float32, "rows": 1}, "cuda"),
+    ],
 )
-def test_feed_forward_goes_to_the_faster_kernel(machine, capability, rows, first):
+def test_feed_forward_goes_to_the_faster_kernel(machine, capability, given, first):
     machine.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     machine.setattr(triton, "why_not", lambda op, spec, tensors: None)
-    spec, tensors = FeedForwardSpec("gelu"), feed_forward_tensors(rows)
+    spec, tensors = FeedForwardSpec("gelu"), feed_forward_tensors(**given)
     for op in ("feed_forward_fwd", "feed_forward_bwd"):
         assert dispatch.choose(op, spec, tensors, "auto") is dispatch.BACKENDS[first]
         assert dispatch.choose(op, spec, tensors, "cuda") is cuda
 
 
-@pytest.mark.parametrize("capability, first", [((8, 0), "cuda"), ((12, 0), "cuda"), ((9, 0), "triton")])
-def test_attention_goes_to_the_faster_kernel(machine, capability, first):
-    """Float32 comes here wherever it is served."""
+@pytest.mark.parametrize(
+    "capability, first, float32_first",
+    [((8, 0), "cuda", "cuda"), ((12, 0), "cuda", "triton"), ((9, 0), "triton", "cuda")],
+)
+def test_attention_goes_to_the_faster_kernel(machine, capability, first, float32_first):
     machine.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     machine.setattr(triton, "why_not", lambda op, spec, tensors: None)
     spec, tensors = AttentionSpec(0.1), attention_tensors()
-    assert dispatch.choose("attention_fwd", spec, tensors, "auto") is dispatch.BACKENDS[first]
-    assert dispatch.choose("attention_fwd", spec, tensors, "cuda") is cuda
-    assert dispatch.choose("attention_bwd", spec, tensors, "auto") is dispatch.BACKENDS[first]
-    assert not cuda.gives_way("paged_attention_fwd", tensors)
     wide = attention_tensors(dtype=torch.float32)
-    assert dispatch.choose("attention_fwd", spec, wide, "auto") is cuda
-    assert dispatch.choose("attention_bwd", spec, wide, "auto") is cuda
+    for op in ("attention_fwd", "attention_bwd"):
+        assert dispatch.choose(op, spec, tensors, "auto") is dispatch.BACKENDS[first]
+        assert dispatch.choose(op, spec, wide, "auto") is dispatch.BACKENDS[float32_first]
+        assert dispatch.choose(op, spec, tensors, "cuda") is cuda
+    few = (tensors[0][:, :, :16], *tensors[1:])
+    assert dispatch.choose("attention_fwd", spec, few, "auto") is cuda
+    assert not cuda.gives_way("paged_attention_fwd", tensors)
     machine.setattr(triton, "why_not", lambda op, spec, tensors: "it is not installed")
     assert dispatch.choose("attention_fwd", spec, tensors, "auto") is cuda
 
@@ -391,25 +404,28 @@ SIZE = st.integers(1, 300) | st.integers(1, 100_000)
     N=SIZE,
     K=st.just(0) | SIZE,
     gated=st.booleans(),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
     sms=st.integers(1, 200),
 )
 @hypothesis.settings(max_examples=200)
-def test_products_are_covered(ptx_cache, kernel, M, N, K, gated, sms):
+def test_products_are_covered(ptx_cache, kernel, M, N, K, gated, dtype, sms):
     """Every tile, and all of k, once."""
     gated = gated and KERNELS[kernel] == "hidden"
     rows = GemmOperand(4096, 8 * (max(M, N, K) // 8 + 1))
-    p, plan = GemmParams(a=rows, b=rows, out=4096, M=M, N=N, K=K, gated=gated), GemmPlan()
+    p = GemmParams(a=rows, b=rows, out=4096, M=M, N=N, K=K, gated=gated, dtype=DTYPES[dtype])
+    plan, step = GemmPlan(), 64 // dtype.itemsize
     plans().plan_product(kernel, ctypes.byref(p), sms, ctypes.byref(plan))
     width = 64 if gated else 128
     assert p.tiles_m * 128 >= M > (p.tiles_m - 1) * 128 and p.tiles_n * width >= N > (p.tiles_n - 1) * width
     assert plan.grid == p.tiles_m * p.tiles_n * plan.parts and plan.threads == 128
-    assert plan.parts * p.depth >= K and (K == 0 or (plan.parts - 1) * p.depth < K) and p.depth % 32 == 0
+    assert plan.parts * p.depth >= K and (K == 0 or (plan.parts - 1) * p.depth < K) and p.depth % step == 0
     if plan.parts > 1:
         assert "hidden" not in KERNELS[kernel]
-        assert plan.grid <= 2 * sms and p.depth >= 512 - 32
-    widths = {"a": M if KERNELS[kernel] == "weight_gradient" else K, "b": N if kernel > 1 else K, "c": N}
-    for name, width in widths.items():
-        assert getattr(p, f"aligned_{name}") == (width % 8 == 0)
+        assert plan.grid <= 2 * sms and p.depth >= 512 - step
+    unit = 16 // dtype.itemsize
+    assert p.aligned_a == ((M if KERNELS[kernel] == "weight_gradient" else K) % unit == 0)
+    assert p.aligned_b == ((N if kernel > 1 else K) % unit == 0)
+    assert p.aligned_c == (N % (2 if dtype == torch.float32 else unit) == 0)
 
 
 @hypothesis.given(rows=st.just(0) | SIZE, columns=SIZE)

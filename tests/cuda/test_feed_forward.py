@@ -19,7 +19,7 @@ from .structures import CSRC
 
 pytestmark = pytest.mark.usefixtures("feed_forward_emulator")
 
-BF16, F16 = torch.bfloat16, torch.float16
+BF16, F16, F32 = DTYPES = torch.bfloat16, torch.float16, torch.float32
 ACTIVATIONS = (*plain.ACTIVATIONS, *plain.GATED_ACTIVATIONS)
 SEED, P = -0x123456789ABCDEF, 0.3
 
@@ -46,18 +46,19 @@ def judge_call(activation, *rows, p=0.0, recompute=False, **more):
     judge_inputs(call(activation, *rows, **more), p, recompute)
 
 
-QUICK = ("relu", "relu2", "silu", "geglu", "geglu_tanh")
+QUICK = [(activation, BF16) for activation in ("relu", "relu2", "silu", "geglu", "geglu_tanh")]
+QUICK += [("gelu_tanh", F32), ("swiglu", F32)]
 
 
 @pytest.mark.parametrize(
     "activation, dtype",
     [
-        *((activation, BF16) for activation in QUICK),
+        *QUICK,
         *(
             pytest.param(activation, dtype, marks=pytest.mark.slow)
             for activation in ACTIVATIONS
-            for dtype in (BF16, F16)
-            if dtype is F16 or activation not in QUICK
+            for dtype in DTYPES
+            if (activation, dtype) not in QUICK
         ),
     ],
 )
@@ -67,7 +68,7 @@ def test_every_activation(activation, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_biases_and_recomputed(dtype, activation):
     judge_call(activation, 3, 5, E=24, F=40, bias=False, dtype=dtype, recompute=True)
 
@@ -88,15 +89,24 @@ MORE_SIZES = (
 @pytest.mark.parametrize(
     "sizes", (*SIZES, *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in MORE_SIZES)), ids=str
 )
-@pytest.mark.parametrize("activation", ("gelu", pytest.param("swiglu", marks=pytest.mark.slow)))
-def test_sizes(activation, sizes):
+@pytest.mark.parametrize(
+    "activation, dtype",
+    [
+        ("gelu", BF16),
+        ("relu", F32),
+        pytest.param("swiglu", BF16, marks=pytest.mark.slow),
+        pytest.param("swiglu", F32, marks=pytest.mark.slow),
+    ],
+)
+def test_sizes(activation, dtype, sizes):
     rows, E, F, E_out = sizes
-    judge_call(activation, rows, E=E, F=F, E_out=E_out, p=P)
+    judge_call(activation, rows, E=E, F=F, E_out=E_out, dtype=dtype, p=P)
 
 
 @pytest.mark.parametrize("F", (136, pytest.param(130, marks=pytest.mark.slow)))
-def test_a_gate_past_its_tile(F):
-    judge_call("swiglu", 9, E=40, F=F, E_out=24, p=P, recompute=True)
+@pytest.mark.parametrize("dtype", (BF16, pytest.param(F32, marks=pytest.mark.slow)))
+def test_a_gate_past_its_tile(dtype, F):
+    judge_call("swiglu", 9, E=40, F=F, E_out=24, dtype=dtype, p=P, recompute=True)
 
 
 @pytest.mark.parametrize(
@@ -109,24 +119,25 @@ def test_a_gate_past_its_tile(F):
         ),
     ),
 )
-def test_layouts(layout):
-    judge_call("geglu", 3, 9, E=24, F=40, layout=layout, recompute=True)
+@pytest.mark.parametrize("dtype", (BF16, pytest.param(F32, marks=pytest.mark.slow)))
+def test_layouts(dtype, layout):
+    judge_call("geglu", 3, 9, E=24, F=40, layout=layout, dtype=dtype, recompute=True)
 
 
-@pytest.mark.parametrize("E", (40, 37))
-def test_rows_are_read_in_place(feed_forward_emulator, E):
+@pytest.mark.parametrize("E, dtype", ((40, BF16), (37, BF16), (36, F32), (37, F32)))
+def test_rows_are_read_in_place(feed_forward_emulator, E, dtype):
     """Rows further apart than they are wide: nothing is copied, and where there are whole units of 16 bytes
     these are read."""
-    inputs = without_grad(call("swiglu", 21, E=E, F=72))
+    inputs = without_grad(call("swiglu", 21, E=E, F=72, dtype=dtype))
     for place, name in enumerate(("x", "w1", "w_gate", "w2"), 1):
         rows, columns = inputs[name].shape
-        wide = torch.full((rows, (columns + 7) // 8 * 8 + 16 * place), torch.nan, dtype=BF16)
+        wide = torch.full((rows, (columns + 7) // 8 * 8 + 16 * place), torch.nan, dtype=dtype)
         inputs[name] = wide[:, 8 : 8 + columns].copy_(inputs[name])
     judge_inputs(inputs)
     (_, _, hidden, _), (_, _, linear, _) = feed_forward_emulator.launched
     assert [hidden.a.data, hidden.b.data, linear.b.data] == [inputs[n].data_ptr() for n in ("x", "w1", "w2")]
     assert hidden.gate.data == inputs["w_gate"].data_ptr() and hidden.gate.stride != hidden.b.stride
-    assert hidden.aligned_a == hidden.aligned_b == (E % 8 == 0) and linear.aligned_b
+    assert hidden.aligned_a == hidden.aligned_b == (E != 37) and linear.aligned_b
 
 
 @pytest.mark.parametrize("rows", ((0,), (3, 0)), ids=str)
@@ -156,11 +167,12 @@ def test_gradient_of_one_input_alone(feed_forward_emulator, needs):
     assert backward == (["sums"] if needs == "b2" else ["hidden_gradient", *last[needs]])
 
 
+@pytest.mark.parametrize("dtype", (BF16, pytest.param(F32, marks=pytest.mark.slow)))
 @pytest.mark.parametrize("activation", ("relu", pytest.param("swiglu", marks=pytest.mark.slow)))
-def test_parts_of_k_are_added(feed_forward_emulator, activation):
-    """Of 1030 columns of k in steps of 32, the last part is shorter."""
+def test_parts_of_k_are_added(feed_forward_emulator, activation, dtype):
+    """Of 1030 columns of k in steps of 32, or 16, the last part is shorter."""
     feed_forward_emulator.multiprocessors = 8
-    inputs = call(activation, 3, E=16, F=1030, E_out=17)
+    inputs = call(activation, 3, E=16, F=1030, E_out=17, dtype=dtype)
     inputs |= {name: t.detach() for name, t in inputs.items() if name not in ("x", "activation")}
     judge_inputs(inputs)
     parts = [bool(params.parts) for name, _, params, _ in feed_forward_emulator.launched if name != "sums"]
@@ -168,10 +180,11 @@ def test_parts_of_k_are_added(feed_forward_emulator, activation):
 
 
 @pytest.mark.slow
-def test_parts_of_many_rows_are_added(feed_forward_emulator):
+@pytest.mark.parametrize("dtype", (BF16, F32))
+def test_parts_of_many_rows_are_added(feed_forward_emulator, dtype):
     """Gradients of weights, whose k is rows, and sums of columns in two stages."""
     feed_forward_emulator.multiprocessors = 8
-    judge_call("gelu_tanh", 1100, E=16, F=24, E_out=17, p=P)
+    judge_call("gelu_tanh", 1100, E=16, F=24, E_out=17, dtype=dtype, p=P)
     names = [name for name, *_ in feed_forward_emulator.launched]
     assert names.count("sums") == 1 + 1 + 1 + 2
 
@@ -189,9 +202,12 @@ def test_what_dropout_keeps(activation, F, p):
     assert torch.equal(out, torch.where(keep, philox.keep_scale(p), 0.0).to(BF16))
 
 
-@pytest.mark.parametrize("activation", ("gelu", pytest.param("swiglu", marks=pytest.mark.slow)))
-def test_same_bits_twice_and_recomputed(activation):
-    inputs = call(activation, 37, E=40, F=72) | {"dropout_p": P, "seed": torch.tensor([SEED])}
+@pytest.mark.parametrize(
+    "activation, dtype",
+    [("gelu", BF16), *(pytest.param("swiglu", dtype, marks=pytest.mark.slow) for dtype in (BF16, F32))],
+)
+def test_same_bits_twice_and_recomputed(activation, dtype):
+    inputs = call(activation, 37, E=40, F=72, dtype=dtype) | {"dropout_p": P, "seed": torch.tensor([SEED])}
     first, second, again = (
         outputs_and_gradients(fastformer.feed_forward, **inputs, recompute=recompute, backend="cuda")
         for recompute in (False, False, True)
@@ -202,15 +218,23 @@ def test_same_bits_twice_and_recomputed(activation):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_far_from_zero(activation):
-    inputs = call(activation, 9)
+@pytest.mark.parametrize("dtype", (BF16, F32))
+def test_activations_far_from_zero(dtype, activation):
+    inputs = call(activation, 9, dtype=dtype)
     inputs["x"] = (inputs["x"].detach() * 60).requires_grad_()
     judge_inputs(inputs)
 
 
-@pytest.mark.parametrize("bad", (torch.nan, pytest.param(torch.inf, marks=pytest.mark.slow)))
-def test_nonfinite_values_stay_in_their_row(bad):
-    inputs = without_grad(call("gelu", 40))
+@pytest.mark.parametrize(
+    "bad, dtype",
+    [
+        (torch.nan, BF16),
+        (torch.inf, F32),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((torch.inf, BF16), (torch.nan, F32))),
+    ],
+)
+def test_nonfinite_values_stay_in_their_row(bad, dtype):
+    inputs = without_grad(call("gelu", 40, dtype=dtype))
     clean = fastformer.feed_forward(**inputs, backend="cuda")
     inputs["x"][39, 3] = bad
     judge_inputs(inputs)
@@ -218,18 +242,56 @@ def test_nonfinite_values_stay_in_their_row(bad):
     assert torch.equal(clean[:39], dirty[:39]) and not dirty[39].isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "name", ("w_gate", *(pytest.param(name, marks=pytest.mark.slow) for name in ("x", "w1", "w2")))
+)
+def test_infinities_of_float32_in_every_product(name):
+    """What the parts of a product make of them is NaN everywhere. Products of two infinities too, differences
+    of two, and products with a number whose second part is zero."""
+    inputs = call("reglu", 21, E=24, F=40, E_out=16, dtype=F32)
+    with torch.no_grad():
+        inputs[name][3, 5] = inputs["x"][4, -1] = torch.inf
+        inputs[name][6, 5] = inputs[name][6, 8] = -torch.inf
+        inputs["x"][:, 9] = 1.0
+    judge_inputs(inputs)
+
+
+def test_the_largest_float32():
+    """The nearest number that tensor cores take is infinite."""
+    inputs = without_grad(call("relu", 3, E=24, F=40, E_out=16, dtype=F32))
+    inputs["x"][1, 2] = torch.finfo(F32).max
+    inputs["w1"][:, 2] = 2.0**-125
+    judge_inputs(inputs)
+
+
+def test_few_products_of_float32():
+    """Single products are rounded once."""
+    inputs = without_grad(call("relu", 64, E=1, F=1, E_out=1, bias=False, dtype=F32))
+    out = fastformer.feed_forward(**inputs, backend="cuda")
+    assert torch.equal(out, (inputs["x"] * inputs["w1"]).relu() * inputs["w2"])
+
+
+@pytest.mark.parametrize("E", (512, pytest.param(8192, marks=pytest.mark.slow)))
+def test_long_sums_of_float32(E):
+    """Of one sign, where what tensor cores cut off of each sum would add up."""
+    inputs = without_grad(call("relu", 2, E=E, F=8, E_out=8, dtype=F32))
+    inputs |= {name: inputs[name].abs() for name in ("x", "w1", "b1", "w2", "b2")}
+    judge_inputs(inputs)
+
+
 def launched(emulator, kernel):
     return [counters for name, _, _, counters in emulator.launched if name == kernel]
 
 
-def test_traffic(feed_forward_emulator):
+@pytest.mark.parametrize("dtype", (BF16, F32))
+def test_traffic(feed_forward_emulator, dtype):
     """Of one tile of each product: operands are read once and results written once, in whole sectors and
     without bank conflicts."""
     rows, E, F = 128, 128, 128
-    inputs = call("relu", rows, E=E, F=F, bias=False)
+    inputs = call("relu", rows, E=E, F=F, bias=False, dtype=dtype)
     out = fastformer.feed_forward(**inputs, backend="cuda")
     out.backward(torch.ones_like(out))
-    matrix = 2 * rows * E
+    matrix = dtype.itemsize * rows * E
     matrices = {  # read, and written
         "hidden": (2, 2),  # pre and hidden rows
         "linear": (2, 1),
@@ -246,22 +308,26 @@ def test_traffic(feed_forward_emulator):
 
 
 @pytest.mark.parametrize("schedule", (1, pytest.param(2, marks=pytest.mark.slow)))
-def test_warps_in_any_order(feed_forward_emulator, schedule):
+@pytest.mark.parametrize(
+    "dtype, rows, E", ((BF16, 37, 168), (F32, 9, 72), pytest.param(F32, 37, 168, marks=pytest.mark.slow))
+)
+def test_warps_in_any_order(feed_forward_emulator, dtype, rows, E, schedule):
     feed_forward_emulator.checks = ptxvm.Checks(schedule_seed=schedule)
-    judge_call("swiglu", 37, E=168, F=72, E_out=24, p=P)
+    judge_call("swiglu", rows, E=E, F=72, E_out=24, dtype=dtype, p=P)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ("90", "100", "120"))
-def test_other_targets(feed_forward_emulator, arch):
+@pytest.mark.parametrize("dtype", (BF16, F32))
+def test_other_targets(feed_forward_emulator, dtype, arch):
     feed_forward_emulator.arch = arch
-    judge_call("geglu", 140, E=72, F=136, E_out=40, p=P)
-    judge_call("gelu_tanh", 21, E=67, F=35, E_out=33, p=P, recompute=True)
+    judge_call("geglu", 140, E=72, F=136, E_out=40, dtype=dtype, p=P)
+    judge_call("gelu_tanh", 21, E=67, F=35, E_out=33, dtype=dtype, p=P, recompute=True)
 
 
 @pytest.mark.slow
 def test_every_instantiation_runs(feed_forward_emulator):
-    for dtype in (BF16, F16):
+    for dtype in DTYPES:
         judge_call("swiglu", 140, E=72, F=136, E_out=40, dtype=dtype, p=P)
     text = nvcc.compile_text(CSRC / "cuda" / "launch_feed_forward.cu", "80", *FLAGS)
     ran = {name for _, name, *_ in feed_forward_emulator.launched}
@@ -278,7 +344,7 @@ def calls(draw):
         **{name: draw(widths) for name in ("E", "F", "E_out")},
         layout=draw(st.sampled_from(("contiguous", "sliced", "unaligned", "last_strided"))),
         bias=draw(st.booleans()),
-        dtype=draw(st.sampled_from((BF16, F16))),
+        dtype=draw(st.sampled_from(DTYPES)),
         seed=draw(st.integers(0, 9)),
     )
 
