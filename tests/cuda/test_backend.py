@@ -253,7 +253,7 @@ def test_attention_goes_to_the_faster_kernel(machine, capability, first, float32
         assert dispatch.choose(op, spec, tensors, "auto") is dispatch.BACKENDS[first]
         assert dispatch.choose(op, spec, wide, "auto") is dispatch.BACKENDS[float32_first]
         assert dispatch.choose(op, spec, tensors, "cuda") is cuda
-    few = (tensors[0][:, :, :16], *tensors[1:])
+    few = attention_tensors(M=16)
     assert dispatch.choose("attention_fwd", spec, few, "auto") is cuda
     assert not cuda.gives_way("paged_attention_fwd", tensors)
     machine.setattr(triton, "why_not", lambda op, spec, tensors: "it is not installed")
