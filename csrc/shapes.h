@@ -15,7 +15,7 @@ struct Float16 {
 
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
-inline int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

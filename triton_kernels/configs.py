@@ -264,8 +264,8 @@ _PLAIN_BWD = {
     },
     "sm_90": {
         # As an H100 timed them, bfloat16, 4096 keys: 3.6 ms, and 4.9 with twice the keys and the queries in
-        # 8 warps and two stages. 4 stages gain nothing. 64 queries a step of keys are as fast, and spill 24 to
-        # 104 bytes with causality or packed.
+        # 8 warps and two stages. 4 stages gain nothing. 64 queries a step of keys are as fast, and spill 24
+        # to 104 bytes with causality or packed.
         64: (AttentionBwdConfig(32, 64, 4, 3), AttentionBwdConfig(64, 64, 4, 3)),
         # 3.3 ms, and 4.4 with 128 keys and two stages.
         128: (AttentionBwdConfig(32, 64, 4, 3), AttentionBwdConfig(128, 64, 8, 3)),

@@ -23,22 +23,25 @@ namespace fastformer::cuda {
 
 template <DType kType, int kD, bool kPlain>
 struct BackwardPass {
-  static constexpr BackwardTile kTile = backward_tile(kD, kPlain);
+  static constexpr BackwardTile kTile = backward_tile(kD, kPlain, kType);
   static constexpr int kBlockM = kTile.block_m, kBlockN = kTile.block_n, kThreads = kTile.threads();
-  static constexpr int kWarps = kBackwardWarps, kStages = kTile.stages;
+  static constexpr int kWarps = kTile.warps, kStages = kTile.stages;
+  static constexpr bool kFloat32 = kType == DType::kFloat32;
+  static constexpr int kColumns = kPanelColumns<kType, kD>;
   // Of scores, a warp's [16 kRowTiles, 8 kTiles] of [kBlockM, kBlockN].
   static constexpr int kScoreRows = kTile.score_rows, kRowTiles = kBlockM / 16 / kScoreRows;
   static constexpr int kTiles = kBlockN / 8 / (kWarps / kScoreRows);
   // Of dK and dV, of [kBlockN, kD].
   static constexpr int kKeyRows = kTile.key_rows, kKeyRowTiles = kBlockN / 16 / kKeyRows;
   static constexpr int kKeyTiles = kD / 8 / (kWarps / kKeyRows);
-  using Sums = QuerySums<kD, kPlain>;
+  using Sums = QuerySums<kType, kD, kPlain>;
   static constexpr int kPart = kD > 128 ? Sums::kTiles / 4 : Sums::kTiles;  // of dQ, at a time
   // Bytes from K's place in shared memory. A stage is Q and dO.
-  static constexpr int kPlaceOfV = 2 * kBlockN * kD, kPlaceOfQ = 2 * kPlaceOfV;
-  static constexpr int kGradOut = 2 * kBlockM * kD, kStage = 2 * kGradOut;
-  static constexpr int kPlaceOfP = kPlaceOfQ + kStages * kStage, kScores = 2 * kBlockM * kBlockN;
-  using Copier = RowCopier<kD, kThreads, false>;
+  static constexpr int kPlaceOfV = 2 * kBlockN * kColumns, kPlaceOfQ = 2 * kPlaceOfV;
+  static constexpr int kGradOut = 2 * kBlockM * kColumns, kStage = 2 * kGradOut;
+  static constexpr int kPlaceOfP = kPlaceOfQ + kStages * kStage;
+  static constexpr int kScores = 2 * kBlockM * kPanelColumns<kType, kBlockN>;
+  using Copier = RowCopier<kType, kD, kThreads, false>;
   static constexpr int kStep = Copier::kStep;
   using Scores = float[kRowTiles][kTiles][4];
 
@@ -55,7 +58,7 @@ struct BackwardPass {
   const int warp_row = warp % kScoreRows * 16 * kRowTiles;
   const int warp_key = warp / kScoreRows * 8 * kTiles;
   const uint32_t shared;
-  const uint32_t rows_of_warp = forgotten(units_then_rows<kD>(shared) + warp_row * kPanelPitch);
+  const uint32_t rows_of_warp = forgotten(units_then_rows<kColumns>(shared) + warp_row * kPanelPitch);
   RealKeys real;  // unless kPlain
   uint64_t seed = 0;
   float dk[kKeyRowTiles][kKeyTiles][4] = {};
@@ -163,22 +166,41 @@ struct BackwardPass {
     for_each(grads, [&](float& grad, int m, int, int e) { grad = kPlain ? pivots[m][e / 2].offset : 0.0f; });
   }
 
+  // scores += a b^T of rows in shared memory, of which `width` columns are there.
+  __device__ __forceinline__ void add_rows(uint32_t a, int a_offset, uint32_t b, int b_offset, int width,
+                                           Scores& scores) const {
+    if constexpr (kFloat32) {
+      add_float32_rows<kBlockM, kBlockN>(a + a_offset, b + b_offset, width, scores);
+    } else {
+      add_rows_by_rows<kType, kD, kBlockM, kBlockN>(a, a_offset, b, b_offset, scores);
+    }
+  }
+
+  __device__ __forceinline__ void store_scores(uint32_t place, const Scores& scores) const {
+    if constexpr (kFloat32) {
+      store_float_tile<kBlockM>(place, scores);
+    } else {
+      store_tile<kBlockM>(place, scores, kType);
+    }
+  }
+
   // P and dS of the tile at hand, into shared memory.
   template <bool kEdge>
   __device__ __forceinline__ void make_scores() {
     const uint32_t rows = rows_of_warp + stage;
-    const uint32_t columns = rows_then_units<kD>(shared) + warp_key * kPanelPitch;
-    const uint32_t place = place_of_lane<kBlockM>(shared + kPlaceOfP, warp_row, warp_key);
+    const uint32_t columns = rows_then_units<kColumns>(shared) + warp_key * kPanelPitch;
+    const uint32_t place = kFloat32 ? float_place_of_lane<kBlockM>(shared + kPlaceOfP, warp_row, warp_key)
+                                    : place_of_lane<kBlockM>(shared + kPlaceOfP, warp_row, warp_key);
     const int i0 = tile * kBlockM + warp_row, j0 = keys.n0 + warp_key;
     RowPivot pivots[kRowTiles][2];
     Scores weights, grads, slopes;
     load_pivots(pivots);
     set_zero(weights);
-    add_rows_by_rows<kType, kD, kBlockM, kBlockN>(rows, kPlaceOfQ, columns, 0, weights);
+    add_rows(rows, kPlaceOfQ, columns, 0, call.D, weights);
     make_weights<kEdge>(pivots, weights, slopes);
-    if constexpr (kPlain) store_tile<kBlockM>(place, weights, kType);
+    if constexpr (kPlain) store_scores(place, weights);
     start_gradients(pivots, grads);
-    add_rows_by_rows<kType, kD, kBlockM, kBlockN>(rows, kPlaceOfQ + kGradOut, columns, kPlaceOfV, grads);
+    add_rows(rows, kPlaceOfQ + kGradOut, columns, kPlaceOfV, call.D_v, grads);
     if constexpr (!kPlain) {
       if (p.grad_weights.data != nullptr) {
         add_given_gradients(p.grad_weights, p.grad_weights_scale, head, i0, j0, grads);
@@ -187,9 +209,9 @@ struct BackwardPass {
         Scores kept;
         for_each(kept, [&](float& value, int m, int n, int e) { value = weights[m][n][e]; });
         drop_both(kept, grads);
-        store_tile<kBlockM>(place, kept, kType);
+        store_scores(place, kept);
       } else {
-        store_tile<kBlockM>(place, weights, kType);
+        store_scores(place, weights);
       }
     }
     make_gradients<kPlain, kEdge>(call, head, i0, pivots, weights, grads);
@@ -199,27 +221,37 @@ struct BackwardPass {
         for_each(grads, [&](float& value, int m, int n, int e) { value *= slopes[m][n][e]; });
       }
     }
-    store_tile<kBlockM>(place + kScores, grads, kType);
+    store_scores(place + kScores, grads);
   }
 
   // dV, dQ and dK of P and dS.
   __device__ __forceinline__ void add_gradients() {
-    const int warp_of_keys = warp % kKeyRows * 16 * kKeyRowTiles;
-    const int first_column = warp / kKeyRows * 8 * kKeyTiles;
-    const uint32_t weights = at_column<kBlockM>(rows_then_units<kD>(shared), warp_of_keys);
-    const uint32_t rows = at_column<kBlockM>(units_then_rows<kD>(shared), first_column) + stage;
-
-    int32_t* const turn = queries.turns + tile * kWarps + warp;
+    int32_t* const turn = queries.turns + tile * kBackwardWarps + warp;
     const uint32_t thread = forgotten(threadIdx.x);
     float* const sums = queries.sums + int64_t{kBlockM * kD} * tile + Sums::place_of_thread(thread);
     const int before = keys.number - first_key_tile<kBlockN>(call, head, tile * kBlockM);
-    float dq[Sums::kRowTiles][kPart][4];
     while (load_acquire(turn) < before) continue;
     const float* const so_far = before > 0 ? sums : p.zeros + Sums::place_of_thread(thread % kWarp);
+    if constexpr (kFloat32) {
+      add_float32_gradients(so_far, sums);
+    } else {
+      add_gradients(so_far, sums);
+    }
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) store_release(turn, before + 1);
+  }
+
+  // The same; dQ's sums so far come from one place and go to another.
+  __device__ __forceinline__ void add_gradients(const float* so_far, float* sums) {
+    const int warp_of_keys = warp % kKeyRows * 16 * kKeyRowTiles;
+    const int first_column = warp / kKeyRows * 8 * kKeyTiles;
+    const uint32_t weights = at_column<kBlockM>(rows_then_units<kColumns>(shared), warp_of_keys);
+    const uint32_t rows = at_column<kBlockM>(units_then_rows<kColumns>(shared), first_column) + stage;
+    float dq[Sums::kRowTiles][kPart][4];
     Sums::load(so_far, dq);
     add_columns_by_columns<kType, kBlockM>(weights, kPlaceOfP, rows, kPlaceOfQ + kGradOut, dv);
-    const uint32_t grads = units_then_rows<kD>(shared) + Sums::first_row(warp) * kPanelPitch;
-    const uint32_t columns = at_column<kBlockN>(units_then_rows<kD>(shared), Sums::first_column(warp));
+    const uint32_t grads = units_then_rows<kColumns>(shared) + Sums::first_row(warp) * kPanelPitch;
+    const uint32_t columns = at_column<kBlockN>(units_then_rows<kColumns>(shared), Sums::first_column(warp));
 #pragma unroll
     for (int first = 0; first < Sums::kTiles; first += kPart) {
       if (first > 0) Sums::load(so_far + first * Sums::kStep, dq);
@@ -227,8 +259,37 @@ struct BackwardPass {
       Sums::store(sums + first * Sums::kStep, dq);
     }
     add_columns_by_columns<kType, kBlockM>(weights, kPlaceOfP + kScores, rows, kPlaceOfQ, dk);
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) store_release(turn, before + 1);
+  }
+
+  __device__ __forceinline__ void add_float32_gradients(const float* so_far, float* sums) {
+    constexpr int kChunks = kBlockM / kFloatPanel;
+    constexpr bool kKept = kD <= 128;
+    const int first_column = warp / kKeyRows * 8 * kKeyTiles;
+    const uint32_t weights = apart_columns_of_lane<kBlockM>(shared + kPlaceOfP, warp % kKeyRows);
+    const uint32_t rows = apart_columns_of_lane<kBlockM>(shared + kPlaceOfQ + stage, first_column / 16);
+    const auto of_keys = [&](uint32_t place) {
+      return [=](int chunk, int s, uint32_t (&words)[4]) {
+        load_apart(place + (chunk * kFloatPanel + 8 * s) * kPanelPitch, words);
+      };
+    };
+    add_float32_columns<kChunks, kBlockM, kKept>(of_keys(weights), rows + kGradOut, call.D_v - first_column,
+                                                 dv);
+    const uint32_t grads =
+        units_then_rows<kColumns>(shared + kPlaceOfP + kScores) + Sums::first_row(warp) * kPanelPitch;
+    const auto of_queries = [&](int chunk, int s, uint32_t (&words)[4]) {
+      load_matrices(at_step(grads, s) + chunk * kBlockM * kPanelPitch, words);
+    };
+#pragma unroll
+    for (int first = 0; first < Sums::kTiles; first += kPart) {
+      const int column = Sums::first_column(warp) + 8 * first;
+      if (first > 0 && column >= call.D) continue;
+      float dq[Sums::kRowTiles][kPart][4];
+      Sums::load(so_far + first * Sums::kStep, dq);
+      add_float32_columns<kBlockN / kFloatPanel, kBlockN, kKept>(
+          of_queries, apart_columns_of_lane<kBlockN>(shared, column / 16), call.D - column, dq);
+      Sums::store(sums + first * Sums::kStep, dq);
+    }
+    add_float32_columns<kChunks, kBlockM, kKept>(of_keys(weights + kScores), rows, call.D - first_column, dk);
   }
 
   template <bool kEdge>
@@ -273,26 +334,45 @@ struct BackwardPass {
     }
   }
 
+  // A lane's sums of dK or dV, of float32.
+  __device__ __forceinline__ void store_gradients(const HeadRows& to, int width,
+                                                  const float (&sums)[kKeyRowTiles][kKeyTiles][4]) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int key = keys.n0 + apart_column(lane_row(), warp % kKeyRows) + r;
+      if (key >= head.N) continue;
+      float* const row = static_cast<float*>(to.data) + head.b * to.stride_b + head.h_kv * to.stride_h +
+                         (head.first_key + key) * to.stride_row;
+      store_float_row(row, p.aligned, warp / kKeyRows * 8 * kKeyTiles, width, r, sums);
+    }
+  }
+
   __device__ __forceinline__ void finish() {
     const int thread = static_cast<int>(forgotten(threadIdx.x)), warp = thread / kWarp;
     const int row = warp % kKeyRows * 16 * kKeyRowTiles, column = warp / kKeyRows * 8 * kKeyTiles;
     scale_all(dk, call.scale);
-    __syncthreads();
-    store_tile<kBlockN>(place_of_lane<kBlockN>(shared, row, column, thread), dk, kType);
-    store_tile<kBlockN>(place_of_lane<kBlockN>(shared + kPlaceOfV, row, column, thread), dv, kType);
-    __syncthreads();
-    const int left = head.N - keys.n0;
-    write_rows<kD, kBlockN, kThreads>(shared, p.grad_key, head.b, head.h_kv, head.first_key + keys.n0, left,
-                                      call.D, p.aligned);
-    write_rows<kD, kBlockN, kThreads>(shared + kPlaceOfV, p.grad_value, head.b, head.h_kv,
-                                      head.first_key + keys.n0, left, call.D_v, p.aligned);
+    if constexpr (kFloat32) {
+      store_gradients(p.grad_key, call.D, dk);
+      store_gradients(p.grad_value, call.D_v, dv);
+    } else {
+      __syncthreads();
+      store_tile<kBlockN>(place_of_lane<kBlockN>(shared, row, column, thread), dk, kType);
+      store_tile<kBlockN>(place_of_lane<kBlockN>(shared + kPlaceOfV, row, column, thread), dv, kType);
+      __syncthreads();
+      const int left = head.N - keys.n0;
+      write_rows<kD, kBlockN, kThreads>(shared, p.grad_key, head.b, head.h_kv, head.first_key + keys.n0, left,
+                                        call.D, p.aligned);
+      write_rows<kD, kBlockN, kThreads>(shared + kPlaceOfV, p.grad_value, head.b, head.h_kv,
+                                        head.first_key + keys.n0, left, call.D_v, p.aligned);
+    }
   }
 };
 
 // Tickets are (tile of keys, key head, batch element), the tile fastest: blocks that run together share
 // queries. The query heads of a group add one after another.
 template <DType kType, int kD, bool kPlain>
-__global__ void __launch_bounds__(backward_tile(kD, kPlain).threads(), backward_tile(kD, kPlain).blocks)
+__global__ void __launch_bounds__(backward_tile(kD, kPlain, kType).threads(),
+                                  backward_tile(kD, kPlain, kType).blocks)
     attention_bwd_keys_kernel(const __grid_constant__ AttentionBwdParams p) {
   using Pass = BackwardPass<kType, kD, kPlain>;
   extern __shared__ __align__(128) uint8_t dynamic_shared[];

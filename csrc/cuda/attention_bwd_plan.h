@@ -51,7 +51,7 @@ struct RowSums {
   int32_t target_B, target_H, target_M;
 };
 
-constexpr int kBackwardWarps = 8;  // of a block
+constexpr int kBackwardWarps = 8;  // of a block, at most; of the kernel over rows
 
 // Bytes that the pass over keys takes beside its tiles, at most.
 constexpr int kStaticShared = 1024;
@@ -66,30 +66,40 @@ struct BackwardTile {
   int query_rows;  // along queries
   int stages;      // of Q and dO
   int blocks;      // that shall share an SM
+  int warps = kBackwardWarps;
 
-  constexpr int threads() const { return 32 * kBackwardWarps; }
+  constexpr int threads() const { return 32 * warps; }
 };
 
 // K and V; Q and dO of each stage; P and dS.
-constexpr int shared_bytes_of(const BackwardTile& tile, int block_d) {
-  return 4 * (block_d * (tile.block_n + tile.stages * tile.block_m) + tile.block_m * tile.block_n);
+constexpr int shared_bytes_of(const BackwardTile& tile, int block_d, DType dtype) {
+  const int elements = block_d * (tile.block_n + tile.stages * tile.block_m) + tile.block_m * tile.block_n;
+  return 2 * static_cast<int>(size_of(dtype)) * elements;
+}
+
+// Of float32, whose products take six times as long, and whose tiles twice the bytes: 96 KB at D = 64 and 72
+// at 128; 136 at 256.
+constexpr BackwardTile float32_backward_tile(int block_d) {
+  if (block_d > 64) return {32, 32, 2, 2, 2, 1, block_d > 128 ? 1 : 2, 4};
+  return {64, 64, 4, 4, 4, 1, 1};
 }
 
 // Wider tiles read less of shared memory for a product: ldmatrix brings 32 rows to a warp for 32 or 64
 // columns. The general kernel has half the keys, and fits 99 KB up to D = 128: it serves plain calls too
 // where there is no more. It runs twice the instructions, which there, where tensor cores have half of an
 // A100's rate, find their slots: 6 of 16 for a product at D = 128.
-constexpr BackwardTile backward_tile(int block_d, bool plain) {
+constexpr BackwardTile backward_tile(int block_d, bool plain, DType dtype) {
+  if (dtype == DType::kFloat32) return float32_backward_tile(block_d);
   if (!plain || block_d > 128) return {64, 64, 4, 2, 2, 1, 1};
   if (block_d > 64) return {64, 128, 2, 4, 2, 2, 1};
   return {128, 128, 4, 4, 4, 2, 1};
 }
 
 // Whether calls with nothing but ranges of hidden keys have an instantiation of their own: up to D = 128,
-// where a block may have its shared memory.
-constexpr bool is_plain_chosen(int block_d, int64_t most_shared) {
-  return block_d <= 128 &&
-         shared_bytes_of(backward_tile(block_d, true), block_d) + kStaticShared <= most_shared;
+// where a block may have its shared memory. Float32 has none, as forward.
+constexpr bool is_plain_chosen(int block_d, DType dtype, int64_t most_shared) {
+  return block_d <= 128 && dtype != DType::kFloat32 &&
+         shared_bytes_of(backward_tile(block_d, true, dtype), block_d, dtype) + kStaticShared <= most_shared;
 }
 
 constexpr int kBackwardHeadWidths[] = {64, 128, 256};
@@ -112,9 +122,10 @@ inline AttentionBwdPlan plan_attention_bwd(AttentionBwdParams& p, int64_t total_
                                            int64_t most_shared) {
   AttentionFwdParams& call = p.call;
   describe_scores(call);
-  p.aligned = call.aligned && has_aligned_rows(p.grad_out, call.D_v) &&
-              has_aligned_rows(p.grad_query, call.D) && has_aligned_rows(p.grad_key, call.D) &&
-              has_aligned_rows(p.grad_value, call.D_v);
+  p.aligned = call.aligned && has_aligned_rows(p.grad_out, call.dtype, call.D_v) &&
+              has_aligned_rows(p.grad_query, call.dtype, call.D) &&
+              has_aligned_rows(p.grad_key, call.dtype, call.D) &&
+              has_aligned_rows(p.grad_value, call.dtype, call.D_v);
   const bool masked =
       call.mask.data != nullptr || call.key_mask.data != nullptr || call.padding.data != nullptr;
   const int width = call.D > call.D_v ? call.D : call.D_v;
@@ -125,11 +136,11 @@ inline AttentionBwdPlan plan_attention_bwd(AttentionBwdParams& p, int64_t total_
   }
   constexpr int64_t kMostStride = int64_t{1} << 30;  // bytes of a stride, and of a step of them, fit 32 bits
   const bool near = call.query.stride_row < kMostStride / 32 && p.grad_out.stride_row < kMostStride / 32;
-  plan.plain = is_plain_chosen(plan.block_d, most_shared) && p.aligned && near && !call.logits && !masked &&
-               call.threshold == 0 && p.grad_weights.data == nullptr;
-  const BackwardTile tile = backward_tile(plan.block_d, plan.plain);
-  plan.shared_bytes = shared_bytes_of(tile, plan.block_d);
-  plan.query_shared_bytes = 2 * plan.block_d * tile.block_m;
+  plan.plain = is_plain_chosen(plan.block_d, call.dtype, most_shared) && p.aligned && near && !call.logits &&
+               !masked && call.threshold == 0 && p.grad_weights.data == nullptr;
+  const BackwardTile tile = backward_tile(plan.block_d, plan.plain, call.dtype);
+  plan.shared_bytes = shared_bytes_of(tile, plan.block_d, call.dtype);
+  plan.query_shared_bytes = call.dtype == DType::kFloat32 ? 0 : 2 * plan.block_d * tile.block_m;
   plan.threads = tile.threads();
   plan.block_m = tile.block_m;
   if (plan.shared_bytes + kStaticShared > most_shared) plan.block_d = 0;

@@ -3,6 +3,7 @@
 //   delta_i = grad_out_i . out_i = sum_j w_ij dw_ij
 #pragma once
 
+#include "attention_float32.cuh"
 #include "attention_weights.cuh"
 
 namespace fastformer::cuda {
@@ -43,12 +44,13 @@ __device__ __forceinline__ float share_of_delta(const AttentionBwdParams& p, con
   const void* const out = row_of(p.call.out);
   const void* const grad_out = row_of(p.grad_out);
   float delta = 0.0f;
-  for (int unit = static_cast<int>(threadIdx.x) % 8; 8 * unit < p.call.D_v; unit += 8) {
-    float o[8], g[8];
+  constexpr int kUnit = kType == DType::kFloat32 ? 4 : 8;
+  for (int unit = static_cast<int>(threadIdx.x) % 8; kUnit * unit < p.call.D_v; unit += 8) {
+    float o[kUnit], g[kUnit];
     load_unit(out, kType, p.aligned, unit, p.call.D_v, o);
     load_unit(grad_out, kType, p.aligned, unit, p.call.D_v, g);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) delta = fmaf(o[e], g[e], delta);
+    for (int e = 0; e < kUnit; ++e) delta = fmaf(o[e], g[e], delta);
   }
   return delta;
 }
@@ -158,11 +160,11 @@ __device__ __forceinline__ void write_rows(uint32_t shared, const HeadRows& rows
 }
 
 // How warps stand over dQ [block_m, kD], and where a lane's sums lie.
-template <int kD, bool kPlain>
+template <DType kType, int kD, bool kPlain>
 struct QuerySums {
-  static constexpr BackwardTile kTile = backward_tile(kD, kPlain);
+  static constexpr BackwardTile kTile = backward_tile(kD, kPlain, kType);
   static constexpr int kThreads = kTile.threads();
-  static constexpr int kRows = kTile.query_rows, kColumns = kBackwardWarps / kRows;
+  static constexpr int kRows = kTile.query_rows, kColumns = kTile.warps / kRows;
   static constexpr int kRowTiles = kTile.block_m / 16 / kRows, kTiles = kD / 8 / kColumns;
   static constexpr int kLaneStride = 4, kStep = 4 * kWarp;  // from lane to lane; from 16 x 8 to 16 x 8
 
@@ -195,9 +197,9 @@ struct QuerySums {
 
 // dQ of a tile of queries a block, from its sums; zeros where no block of keys was visible.
 template <DType kType, int kD, bool kPlain>
-__global__ void __launch_bounds__(backward_tile(kD, kPlain).threads())
+__global__ void __launch_bounds__(backward_tile(kD, kPlain, kType).threads())
     attention_bwd_queries_kernel(const __grid_constant__ AttentionBwdParams p) {
-  using Sums = QuerySums<kD, kPlain>;
+  using Sums = QuerySums<kType, kD, kPlain>;
   constexpr int kBlockM = Sums::kTile.block_m;
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   const uint32_t shared = shared_address(dynamic_shared);
@@ -211,11 +213,23 @@ __global__ void __launch_bounds__(backward_tile(kD, kPlain).threads())
     Sums::load(p.sums + slot * (kBlockM * kD) + Sums::place_of_thread(threadIdx.x), dq);
   }
   scale_all(dq, p.call.scale);
-  store_tile<kBlockM>(place_of_lane<kBlockM>(shared, Sums::first_row(warp), Sums::first_column(warp)), dq,
-                      kType);
-  __syncthreads();
-  write_rows<kD, kBlockM, Sums::kThreads>(shared, p.grad_query, head.b, head.h, head.first_query + head.m0,
-                                          head.M - head.m0, p.call.D, p.aligned);
+  if constexpr (kType == DType::kFloat32) {
+    float* const to = static_cast<float*>(p.grad_query.data) + head.b * p.grad_query.stride_b +
+                      head.h * p.grad_query.stride_h;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int i = head.m0 + Sums::first_row(warp) + 8 * r + lane_row();
+      if (i >= head.M) continue;
+      store_float_row(to + (head.first_query + i) * p.grad_query.stride_row, p.aligned,
+                      Sums::first_column(warp), p.call.D, r, dq);
+    }
+  } else {
+    store_tile<kBlockM>(place_of_lane<kBlockM>(shared, Sums::first_row(warp), Sums::first_column(warp)), dq,
+                        kType);
+    __syncthreads();
+    write_rows<kD, kBlockM, Sums::kThreads>(shared, p.grad_query, head.b, head.h, head.first_query + head.m0,
+                                            head.M - head.m0, p.call.D, p.aligned);
+  }
 }
 
 }  // namespace fastformer::cuda

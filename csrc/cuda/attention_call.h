@@ -124,8 +124,6 @@ class AttentionCall {
     for (const int64_t width : {query_.size(last), value_.size(last)}) {
       STD_TORCH_CHECK(width >= 1 && width <= 256, "D and D_v must be 1 to 256");
     }
-    STD_TORCH_CHECK(dtype_of(query_, "query") != DType::kFloat32,
-                    "attention on cuda multiplies bfloat16 and float16");
   }
 
   void set_sizes(const AttentionArguments& arguments, AttentionFwdParams& p) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "attention_combine.cuh"
+#include "attention_float32.cuh"
 #include "attention_scores.cuh"
 #include "attention_tiles.cuh"
 
@@ -32,12 +33,15 @@ template <DType kType, int kD, AttentionKind kKind>
 struct ForwardTile {
   static constexpr bool kFew = kKind == AttentionKind::kFew;
   static constexpr bool kPlain = kKind != AttentionKind::kGeneral && !kFew;
-  static constexpr AttentionTile kTile = forward_tile(kD, kKind);
+  static constexpr bool kFloat32 = kType == DType::kFloat32;
+  static constexpr AttentionTile kTile = forward_tile(kD, kKind, kType);
   static constexpr int kRowTiles = kTile.row_tiles, kTiles = kTile.block_n / 8;
   static constexpr int kBlockM = kTile.block_m(), kBlockN = kTile.block_n, kThreads = kTile.threads();
   // Bytes from Q's place in shared memory.
-  static constexpr int kPlaceOfK = 2 * kBlockM * kD, kPlaceOfV = kPlaceOfK + 2 * kBlockN * kD;
-  using Copier = RowCopier<kD, kThreads, kKind == AttentionKind::kWhole>;
+  static constexpr int kColumns = kPanelColumns<kType, kD>;
+  static constexpr int kPlaceOfK = 2 * kBlockM * kColumns, kPlaceOfV = kPlaceOfK + 2 * kBlockN * kColumns;
+  using P = Panel<kColumns>;
+  using Copier = RowCopier<kType, kD, kThreads, kKind == AttentionKind::kWhole>;
   static constexpr int kStep = Copier::kStep;
 
   const AttentionFwdParams& p;
@@ -48,8 +52,8 @@ struct ForwardTile {
   int left;  // keys that are to be read from there on, counted from the thread's first row
   const int warp_row = static_cast<int>(threadIdx.x) / kWarp * 16 * kRowTiles;
   const uint32_t shared;
-  const uint32_t q_address, k_address, v_address;  // for ldmatrix
-  Copier keys, values;                             // unless kFew
+  const uint32_t q_address, k_address, v_address;  // for ldmatrix; of float32 v columns_of_lane
+  Copier keys, values;                             // unless kFew, or of float32
   KeyPlace places[kBlockN / kStep];  // if kFew: of the thread's keys in the block whose K or V comes next
   RealKeys real, next_real;          // unless kPlain: of the block at hand, of the one whose K comes next
   uint64_t seed = 0;
@@ -64,12 +68,13 @@ struct ForwardTile {
         n0(blocks.begin),
         left(head.key_end - blocks.begin - Copier::first_row()),
         shared(shared),
-        q_address(units_then_rows<kD>(shared) + warp_row * Panel<kD>::kPitch),
-        k_address(rows_then_units<kD>(shared + kPlaceOfK)),
-        v_address(units_then_rows<kD>(shared + kPlaceOfV)),
+        q_address(units_then_rows<kColumns>(shared) + warp_row * P::kPitch),
+        k_address(rows_then_units<kColumns>(shared + kPlaceOfK)),
+        v_address(kFloat32 ? columns_of_lane(shared + kPlaceOfV)
+                           : units_then_rows<kColumns>(shared + kPlaceOfV)),
         keys(p.key, head.b, head.h_kv, head.first_key + blocks.begin, p.D),
         values(p.value, head.b, head.h_kv, head.first_key + blocks.begin, p.D_v) {
-    if (!kPlain && p.threshold > 0) seed = *p.seed;
+    if (!kPlain && !kFloat32 && p.threshold > 0) seed = *p.seed;
   }
 
   // The warp's rows, as row_of takes them: found anew each time, which takes no registers in between.
@@ -135,6 +140,10 @@ struct ForwardTile {
         const auto known = [&](int i) { return begin(places[i]); };
         const auto found = [&](int i) { return begin(place_of(n0 + ahead, i)); };
         copy_scattered<kBlockN>(columns, place, known, found, is_real);
+      } else if constexpr (kFloat32) {
+        // Found anew for every block, which takes no registers in between.
+        Copier found(from, head.b, head.h_kv, head.first_key + n0 + ahead, columns);
+        copy<kBlockN>(found, place, is_real);
       } else {
         copy<kBlockN>(rows, place, is_real);
       }
@@ -171,7 +180,14 @@ struct ForwardTile {
     find_places(n0 + kBlockN);  // the table answers while scores are computed
     float scores[kRowTiles][kTiles][4];
     const bool busy = is_busy();
-    if (busy) multiply_keys<kType, kD, kBlockM>(q_address, k_address, scores);
+    if (busy) {
+      if constexpr (kFloat32) {
+        set_zero(scores);
+        add_float32_rows<kBlockM, kBlockN>(q_address, k_address, p.D, scores);
+      } else {
+        multiply_keys<kType, kD, kBlockM>(q_address, k_address, scores);
+      }
+    }
 
     copies_wait<0>();
     __syncthreads();  // V is there, and everybody is done with K
@@ -182,9 +198,13 @@ struct ForwardTile {
     modify<kEdge>(scores);
     fold_scores<!kPlain>(p.factor, state, scores, out);
     if constexpr (!kPlain) {
-      if (p.threshold > 0) drop(p, head, seed, rows(), n0, scores);
+      if (p.threshold > 0) drop(p, head, kFloat32 ? *p.seed : seed, rows(), n0, scores);
     }
-    multiply_values<kType, kD>(v_address, scores, out);
+    if constexpr (kFloat32) {
+      multiply_float32_values<kD>(v_address, p.D_v, scores, out);
+    } else {
+      multiply_values<kType, kD>(v_address, scores, out);
+    }
   }
 
   // Bare products become logits, unless nothing but the scale lies between; what is hidden becomes -inf.
@@ -237,11 +257,12 @@ struct ForwardTile {
     return head.b * p.stats_stride_b + (head.h + row.g) * p.stats_stride_h + head.first_query + row.i;
   }
 
-  // Writes out by way of Q's place, whose rows belong to the warp that reads them, in whole units.
+  // Writes out by way of Q's place, whose rows belong to the warp that reads them, in whole units. Of float32
+  // a lane has these.
   __device__ __forceinline__ void finish() {
     add_lanes(state);
     __syncthreads();  // other warps may have copied this warp's queries
-    const uint32_t place = shared + warp_row * Panel<kD>::kPitch;
+    const uint32_t place = shared + warp_row * P::kPitch;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -250,22 +271,54 @@ struct ForwardTile {
         const bool writes = lane_column() == 0 && query.i < head.M;
         const float rescale = finish_row<kPlain>(p, head.h + query.g, place_in_statistics(query), writes,
                                                  state.max[m][r], state.sum[m][r]);
-        const int row = 16 * m + 8 * r + lane_row();
-#pragma unroll
-        for (int n = 0; n < kD / 8; ++n) {
-          const int panel = n / Panel<kD>::kUnits, unit = n % Panel<kD>::kUnits;
-          store_shared(
-              place + panel * kBlockM * Panel<kD>::kPitch + place_in_panel<kD>(row, unit) + 2 * lane_column(),
-              pack_halves(out[m][n][2 * r] * rescale, out[m][n][2 * r + 1] * rescale, kType));
+        if constexpr (kFloat32) {
+          if (query.i < head.M) store_units(query, m, r, rescale);
+        } else {
+          place_row(place, m, r, rescale);
         }
       }
     }
-    __syncwarp();
-    store_rows(place);
+    if constexpr (!kFloat32) {
+      __syncwarp();
+      store_rows(place);
+    }
+  }
+
+  // Of float32: what this lane has of a row.
+  __device__ __forceinline__ void store_units(const QueryRow& query, int m, int r, float rescale) const {
+    float* const to = static_cast<float*>(p.out.data) + head.b * p.out.stride_b +
+                      (head.h + query.g) * p.out.stride_h + (head.first_query + query.i) * p.out.stride_row;
+    for_each_unit(m, r, [&](int column, float (&unit)[4]) {
+      if (column >= p.D_v) return;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) unit[e] *= rescale;
+      store_unit<4>(to, kType, p.aligned, column / 4, p.D_v, unit);
+    });
+  }
+
+  // visit(column, unit) for each four columns of float32 of a row of this lane's.
+  template <typename Visit>
+  __device__ __forceinline__ void for_each_unit(int m, int r, Visit visit) const {
+#pragma unroll
+    for (int columns = 0; columns < kD / 16; ++columns) {
+      const float (&even)[4] = out[m][2 * columns], (&odd)[4] = out[m][2 * columns + 1];
+      float unit[4] = {even[2 * r], odd[2 * r], even[2 * r + 1], odd[2 * r + 1]};
+      visit(16 * columns + 2 * lane_column(), unit);
+    }
+  }
+
+  __device__ __forceinline__ void place_row(uint32_t place, int m, int r, float rescale) const {
+    const int row = 16 * m + 8 * r + lane_row();
+#pragma unroll
+    for (int n = 0; n < kD / 8; ++n) {
+      const int panel = n / P::kUnits, unit = n % P::kUnits;
+      store_shared(
+          place + panel * kBlockM * P::kPitch + place_in_panel<kColumns>(row, unit) + 2 * lane_column(),
+          pack_halves(out[m][n][2 * r] * rescale, out[m][n][2 * r + 1] * rescale, kType));
+    }
   }
 
   __device__ __forceinline__ void store_rows(uint32_t place) const {
-    using P = Panel<kD>;
     const int thread = static_cast<int>(threadIdx.x) % kWarp;
     const int unit = thread % P::kUnits;
     for (int row = thread / P::kUnits; row < 16 * kRowTiles; row += kWarp / P::kUnits) {
@@ -278,7 +331,8 @@ struct ForwardTile {
 #pragma unroll
       for (int panel = 0; panel < P::kCount; ++panel) {
         const int column = panel * P::kWidth + 8 * unit;
-        const uint4 words = load_shared(place + panel * kBlockM * P::kPitch + place_in_panel<kD>(row, unit));
+        const uint4 words =
+            load_shared(place + panel * kBlockM * P::kPitch + place_in_panel<kColumns>(row, unit));
         if (kPlain || p.aligned) {
           if (column < p.D_v) *reinterpret_cast<uint4*>(to + column) = words;
         } else {
@@ -303,11 +357,18 @@ struct ForwardTile {
       if (lane_column() == 0) {
         reinterpret_cast<float2*>(p.partial_stats)[at] = make_float2(state.max[0][r], state.sum[0][r]);
       }
-      float* const to = p.partial_out + at * p.partial_stride + lane_column();
+      float* const to = p.partial_out + at * p.partial_stride;
+      if constexpr (kFloat32) {
+        for_each_unit(0, r, [&](int column, const float (&unit)[4]) {
+          if (column < p.partial_stride) store_past_l1(to + column, unit);
+        });
+      } else {
 #pragma unroll
-      for (int n = 0; n < kD / 8; ++n) {
-        if (8 * n >= p.partial_stride) continue;
-        *reinterpret_cast<float2*>(to + 8 * n) = make_float2(out[0][n][2 * r], out[0][n][2 * r + 1]);
+        for (int n = 0; n < kD / 8; ++n) {
+          if (8 * n >= p.partial_stride) continue;
+          *reinterpret_cast<float2*>(to + 8 * n + lane_column()) =
+              make_float2(out[0][n][2 * r], out[0][n][2 * r + 1]);
+        }
       }
     }
   }
@@ -316,7 +377,8 @@ struct ForwardTile {
 // Blocks are (tile of queries, split of its keys, head or group of heads, batch element), the tile fastest:
 // blocks that run together share keys.
 template <DType kType, int kD, AttentionKind kKind>
-__global__ void __launch_bounds__(forward_tile(kD, kKind).threads(), forward_tile(kD, kKind).blocks)
+__global__ void __launch_bounds__(forward_tile(kD, kKind, kType).threads(),
+                                  forward_tile(kD, kKind, kType).blocks)
     attention_fwd_kernel(const __grid_constant__ AttentionFwdParams p) {
   using Tile = ForwardTile<kType, kD, kKind>;
   extern __shared__ __align__(128) uint8_t dynamic_shared[];

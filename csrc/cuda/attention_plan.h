@@ -64,7 +64,7 @@ struct AttentionFwdParams {
   int32_t right;
   int32_t lower_right;
   int32_t wide_lengths;  // key_lengths are int64, not int32
-  DType dtype;           // of query, key, value and out: 16 bits
+  DType dtype;           // of query, key, value and out
   DType relative_bias_dtype;
   DType sink_dtype;
   float scale;
@@ -95,7 +95,8 @@ constexpr float kLeastScale = 1e-30f;
 
 constexpr int kHeadWidths[] = {32, 64, 96, 128, 192, 256};
 
-// Of kFew: what D is padded to costs products, and few queries have time for them.
+// Of kFew: what D is padded to costs products, and few queries have time for them. Of float32, whose kernels
+// leave out the products of columns that are not there, 32 at a time.
 constexpr int kFewHeadWidths[] = {64, 128, 256};
 
 // How one instantiation divides its work: each warp has row_tiles times 16 queries of its block, and all
@@ -109,7 +110,9 @@ struct AttentionTile {
   constexpr int block_m() const { return 16 * row_tiles * warps; }
   constexpr int threads() const { return 32 * warps; }
   // Q, K and V lie in shared memory.
-  constexpr int shared_bytes(int block_d) const { return 2 * block_d * (block_m() + 2 * block_n); }
+  constexpr int shared_bytes(int block_d, DType dtype) const {
+    return static_cast<int>(size_of(dtype)) * block_d * (block_m() + 2 * block_n);
+  }
 };
 
 // What an instantiation is for. A plain call has nothing but a positive scale between a product and its
@@ -117,7 +120,8 @@ struct AttentionTile {
 // kPadded lie two predicates and a register, which a warp of 32 queries at D = 128 does not have; between
 // kPadded and kGeneral the loop without masks. kFew is kGeneral with half the rows, which are queries of all
 // heads of a group, with keys divided among blocks of threads, and with pages: one division for each row of K
-// and V that a thread copies, which few queries have time for.
+// and V that a thread copies, which few queries have time for. Float32 has no plain instantiations: its
+// products take so long that a few branches beside them do not count.
 enum class AttentionKind : int32_t {
   kWhole,    // plain and aligned, and D and D_v are the instantiation's
   kPadded,   // plain and aligned, of any width
@@ -125,9 +129,19 @@ enum class AttentionKind : int32_t {
   kFew       // everything, for at most kFewQueries; and whatever has a page table
 };
 
+// Of float32, whose three products of half the rate take six times the time of 16 bits: what lies between
+// them is 5 slots of the 8 cycles that a product of an A100's quarter takes, and small blocks cost nothing.
+constexpr AttentionTile float32_forward_tile(int block_d, AttentionKind kind) {
+  if (block_d > 128) return {1, 4, 16, 1};
+  if (kind == AttentionKind::kFew) return {1, 4, 32, block_d > 64 ? 2 : 3};
+  if (block_d > 64) return {1, 8, 32, 1};
+  return {2, 4, 32, 2};
+}
+
 // At most 96 KB of shared memory, which every chip from Ampere on has. At D = 64 96 keys are what registers
 // hold beside the sums: rescaling these costs a third less than at 64 keys, and 128 spill.
-constexpr AttentionTile forward_tile(int block_d, AttentionKind kind) {
+constexpr AttentionTile forward_tile(int block_d, AttentionKind kind, DType dtype) {
+  if (dtype == DType::kFloat32) return float32_forward_tile(block_d, kind);
   if (kind == AttentionKind::kFew)
     return {1, 4, block_d > 128 ? 32 : 64, block_d > 128 ? 1 : block_d > 64 ? 2 : 3};
   if (block_d > 192) return {1, 4, 64, 1};
@@ -139,15 +153,19 @@ constexpr AttentionTile forward_tile(int block_d, AttentionKind kind) {
 // Whether a device of compute capability `major`.x runs this instantiation. At D = 128 32 queries a warp
 // leave no register free, and on 12.x, whose code takes more of them, 312 bytes spill; there tensor cores
 // have half of an A100's rate, so that shared memory keeps up with 16 queries a warp too.
-constexpr bool is_chosen(int block_d, AttentionKind kind, int major) {
-  if (kind == AttentionKind::kFew) return block_d == 64 || block_d == 128 || block_d == 256;
+constexpr bool is_chosen(int block_d, AttentionKind kind, DType dtype, int major) {
+  const bool wide = block_d == 64 || block_d == 128 || block_d == 256;
+  if (dtype == DType::kFloat32)
+    return wide && (kind == AttentionKind::kGeneral || kind == AttentionKind::kFew);
+  if (kind == AttentionKind::kFew) return wide;
   return major < 12 || block_d != 128 || kind != AttentionKind::kWhole;
 }
 
 // Whether rows of this tensor begin at multiples of 16 bytes.
-inline bool has_aligned_rows(const HeadRows& rows, int64_t width) {
-  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride_b % 8 == 0 &&
-         rows.stride_h % 8 == 0 && rows.stride_row % 8 == 0 && width % 8 == 0;
+inline bool has_aligned_rows(const HeadRows& rows, DType dtype, int64_t width) {
+  const int64_t unit = 16 / size_of(dtype);
+  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride_b % unit == 0 &&
+         rows.stride_h % unit == 0 && rows.stride_row % unit == 0 && width % unit == 0;
 }
 
 // Whether every two columns from an even one on are a word, in a tensor [.., N] of elements of this size.
@@ -159,9 +177,9 @@ inline bool has_pairs(const ScoreMatrix& matrix, int64_t size, int64_t N) {
 
 // Whether whole blocks of keys of a kWhole instantiation are so much more than N that kPadded's smaller ones,
 // of which each costs a twelfth more, are the cheaper.
-inline bool wastes_keys(int block_d, int64_t N) {
+inline bool wastes_keys(int block_d, DType dtype, int64_t N) {
   const auto rounded = [&](AttentionKind kind) {
-    const int block_n = forward_tile(block_d, kind).block_n;
+    const int block_n = forward_tile(block_d, kind, dtype).block_n;
     return (N + block_n - 1) / block_n * block_n;
   };
   return rounded(AttentionKind::kWhole) * 12 > rounded(AttentionKind::kPadded) * 13;
@@ -184,8 +202,8 @@ inline const char* name_of(AttentionKind kind) {
 // Sets what follows from a call's own arguments, for every pass over its scores.
 inline void describe_scores(AttentionFwdParams& p) {
   constexpr float kLog2E = 1.44269504088896340736f;
-  p.aligned = has_aligned_rows(p.query, p.D) && has_aligned_rows(p.key, p.D) &&
-              has_aligned_rows(p.value, p.D_v) && has_aligned_rows(p.out, p.D_v);
+  p.aligned = has_aligned_rows(p.query, p.dtype, p.D) && has_aligned_rows(p.key, p.dtype, p.D) &&
+              has_aligned_rows(p.value, p.dtype, p.D_v) && has_aligned_rows(p.out, p.dtype, p.D_v);
   p.mask_pairs = has_pairs(p.mask, 1, p.N);
   p.bias_pairs = has_pairs(p.bias, size_of(p.bias.dtype), p.N);
   p.logits =
@@ -246,9 +264,10 @@ struct AttentionDevice {
 
 inline AttentionKind kind_of(const AttentionFwdParams& p, int block_d, int major) {
   const bool masked = p.mask.data != nullptr || p.key_mask.data != nullptr || p.padding.data != nullptr;
-  if (!p.aligned || p.logits || masked || p.threshold > 0) return AttentionKind::kGeneral;
-  const bool whole = p.D == block_d && p.D_v == block_d && !wastes_keys(block_d, p.N) &&
-                     is_chosen(block_d, AttentionKind::kWhole, major);
+  const bool plain = p.aligned && !p.logits && !masked && p.threshold == 0;
+  if (!plain || p.dtype == DType::kFloat32) return AttentionKind::kGeneral;
+  const bool whole = p.D == block_d && p.D_v == block_d && !wastes_keys(block_d, p.dtype, p.N) &&
+                     is_chosen(block_d, AttentionKind::kWhole, p.dtype, major);
   return whole ? AttentionKind::kWhole : AttentionKind::kPadded;
 }
 
@@ -267,17 +286,18 @@ inline AttentionPlan plan_attention_fwd(AttentionFwdParams& p, const AttentionDe
   describe_scores(p);
   AttentionPlan plan{};
   const bool few = p.page_table != nullptr || p.M <= few_queries;
-  plan.block_d = few ? block_width(kFewHeadWidths, p) : block_width(kHeadWidths, p);
+  plan.block_d =
+      few || p.dtype == DType::kFloat32 ? block_width(kFewHeadWidths, p) : block_width(kHeadWidths, p);
   plan.kind = few ? AttentionKind::kFew : kind_of(p, plan.block_d, device.major);
   // A key that a mask of keys hides from one head of a group, and not from another, is none that the group
   // can leave unread.
   const bool apart = p.key_mask.data != nullptr && p.key_mask.stride_h != 0;
   p.share = few && !apart ? p.group : 1;
   p.partial_stride = static_cast<int32_t>(ceil_div(p.D_v, 8) * 8);  // whole sectors
-  const AttentionTile tile = forward_tile(plan.block_d, plan.kind);
+  const AttentionTile tile = forward_tile(plan.block_d, plan.kind, p.dtype);
   p.tiles = static_cast<int32_t>(ceil_div(int64_t{p.M} * p.share, tile.block_m()));
   plan.threads = tile.threads();
-  plan.shared_bytes = tile.shared_bytes(plan.block_d);
+  plan.shared_bytes = tile.shared_bytes(plan.block_d, p.dtype);
   int splits = 1;
   if (few) {
     const int64_t queries = ceil_div(tile.block_m(), p.share);

@@ -335,7 +335,8 @@ __device__ __forceinline__ void add_relative_bias(const AttentionFwdParams& p, c
 }
 
 // 0 for the weights that dropout drops. A lane's eight weights of a row in 32 columns are the halves of one
-// call's words: column 32 J + 8 w + 2 t + e is half e of word w of counter (4 J + t, i, stream, 0).
+// call's words: column 32 J + 8 w + 2 t + e is half e of word w of counter (4 J + t, i, stream, 0). A tile of
+// 16 columns takes the first two words, or the last.
 template <typename Rows, int kRowTiles, int kTiles>
 __device__ __forceinline__ void drop(const AttentionFwdParams& p, const Head& head, uint64_t seed, Rows rows,
                                      int n0, float (&weights)[kRowTiles][kTiles][4]) {
@@ -347,13 +348,15 @@ __device__ __forceinline__ void drop(const AttentionFwdParams& p, const Head& he
       const uint32_t i = at.i;
 #pragma unroll
       for (int four = 0; four < kTiles; four += 4) {
-        const uint32_t call = (n0 + 8 * four) / 8 + lane_column() / 2;
+        const int eight = (n0 + 8 * four) / 8, first = kTiles < 4 ? eight % 4 : 0;
+        const uint32_t call = eight - first + lane_column() / 2;
         const PhiloxWords decisions = philox4x32_7(seed, call, i, head.stream + at.g, 0);
 #pragma unroll
-        for (int w = 0; w < 4; ++w) {
+        for (int w = 0; w < (kTiles < 4 ? kTiles : 4); ++w) {
+          const uint32_t word = first == 0 ? decisions.w[w] : decisions.w[w + kTiles % 4];
           float (&tile)[4] = weights[m][four + w];
-          if ((decisions.w[w] & 0xffffu) < p.threshold) tile[2 * r] = 0.0f;
-          if (decisions.w[w] >> 16 < p.threshold) tile[2 * r + 1] = 0.0f;
+          if ((word & 0xffffu) < p.threshold) tile[2 * r] = 0.0f;
+          if (word >> 16 < p.threshold) tile[2 * r + 1] = 0.0f;
         }
       }
     }

@@ -6,13 +6,14 @@
 // All sums run elementwise over tiles in registers, until the last: tiles of one diagonal of tiles have their
 // diagonals in the same places, so that those too are summed once a block, in shared memory.
 //
-// One instantiation for heads of any width and both types: operands come 64 columns at a time, the next while
-// the last meet. A tile of 64 queries and 64 keys reads 512 bytes of L2 for each column of D, and takes 2
-// times 64 mma for every 64 of them: where L2 brings 5 TB/s that is half of an A100's rate, which
-// exponentials, masks and the biases in between do not leave anyway.
+// One instantiation for heads of any width and both types of 16 bits, and one for float32: operands come 64
+// columns at a time, the next while the last meet. A tile of 64 queries and 64 keys reads 512 bytes of L2 for
+// each column of D, and takes 2 times 64 mma for every 64 of them: where L2 brings 5 TB/s that is half of an
+// A100's rate, which exponentials, masks and the biases in between do not leave anyway.
 #pragma once
 
 #include "attention_bwd_rows.cuh"
+#include "attention_float32.cuh"
 #include "attention_sums_plan.h"
 
 namespace fastformer::cuda {
@@ -20,14 +21,16 @@ namespace fastformer::cuda {
 // Floats between rows of a total in shared memory: a warp's pairs of columns lie in all banks.
 constexpr int kSumPitch = kScoreSumBlock + 8;
 
+template <bool kFloat32>
 struct SumPass {
   static constexpr int kBlock = kScoreSumBlock, kThreads = kScoreSumThreads;
   // Of a tile, each of 2 x 2 warps has [16 kRowTiles, 8 kTiles].
   static constexpr int kRowTiles = 2, kTiles = 4;
-  // Bytes. A stage is 64 columns of the queries' rows and of the keys'.
+  // Bytes. A stage is a panel of the queries' rows and of the keys': 64 columns, of float32 32.
   static constexpr int kPlaceOfKeys = 2 * kBlock * kBlock, kStage = 2 * kPlaceOfKeys;
   static_assert(kPanelWidth == kBlock && 4 * kBlock * kSumPitch <= 2 * kStage);
-  using Copier = RowCopier<kBlock, kThreads, false>;
+  static constexpr int kColumns = kFloat32 ? kFloatPanel : kBlock;
+  using Copier = RowCopier<kFloat32 ? DType::kFloat32 : DType::kBFloat16, kColumns, kThreads, false>;
   using Scores = float[kRowTiles][kTiles][4];
 
   const AttentionSumsParams& p;
@@ -44,10 +47,10 @@ struct SumPass {
   __device__ __forceinline__ SumPass(const AttentionSumsParams& p, Head& head, uint32_t shared)
       : p(p), call(p.bwd.call), head(head), shared(shared) {}
 
-  // Of 64 columns: of Q and K, and with those of dO and V. Counted anew each time, which takes no registers.
-  __device__ __forceinline__ int query_chunks() const { return (call.D + kBlock - 1) / kBlock; }
+  // Panels: of Q and K, and with those of dO and V. Counted anew each time, which takes no registers.
+  __device__ __forceinline__ int query_chunks() const { return (call.D + kColumns - 1) / kColumns; }
   __device__ __forceinline__ int chunks() const {
-    return query_chunks() + (p.kind == SumKind::kWeights ? 0 : (call.D_v + kBlock - 1) / kBlock);
+    return query_chunks() + (p.kind == SumKind::kWeights ? 0 : (call.D_v + kColumns - 1) / kColumns);
   }
 
   // All threads must call.
@@ -94,10 +97,10 @@ struct SumPass {
     const auto is_query = [&](int i) { return i * Copier::kStep < left; };
     const auto is_key = [&](int i) { return real.has(i * Copier::kStep + Copier::first_row()); };
     if (c < query_chunks()) {
-      copy(call.query, head.h, head.first_query + m0, call.D, c * kBlock, place, is_query);
-      copy(call.key, head.h_kv, head.first_key + n0, call.D, c * kBlock, place + kPlaceOfKeys, is_key);
+      copy(call.query, head.h, head.first_query + m0, call.D, c * kColumns, place, is_query);
+      copy(call.key, head.h_kv, head.first_key + n0, call.D, c * kColumns, place + kPlaceOfKeys, is_key);
     } else if (c < chunks()) {
-      const int column = (c - query_chunks()) * kBlock;
+      const int column = (c - query_chunks()) * kColumns;
       copy(p.bwd.grad_out, head.h, head.first_query + m0, call.D_v, column, place, is_query);
       copy(call.value, head.h_kv, head.first_key + n0, call.D_v, column, place + kPlaceOfKeys, is_key);
     }
@@ -111,7 +114,9 @@ struct SumPass {
     __syncthreads();  // chunk c is there
     const uint32_t rows = units_then_rows<kBlock>(shared) + warp_row * kPanelPitch + c % 2 * kStage;
     const uint32_t keys = rows_then_units<kBlock>(shared) + warp_key * kPanelPitch + c % 2 * kStage;
-    if (call.dtype == DType::kBFloat16) {
+    if constexpr (kFloat32) {
+      add_float32_rows<kBlock, kBlock>(rows, keys + kPlaceOfKeys, kColumns, products);
+    } else if (call.dtype == DType::kBFloat16) {
       add_rows_by_rows<DType::kBFloat16, kBlock, kBlock, kBlock>(rows, 0, keys, kPlaceOfKeys, products);
     } else {
       add_rows_by_rows<DType::kFloat16, kBlock, kBlock, kBlock>(rows, 0, keys, kPlaceOfKeys, products);
@@ -292,7 +297,8 @@ struct SumBlock {
   }
 };
 
-__device__ __forceinline__ void add_steps(const AttentionSumsParams& p, SumPass& work) {
+template <bool kFloat32>
+__device__ __forceinline__ void add_steps(const AttentionSumsParams& p, SumPass<kFloat32>& work) {
   const SumBlock block(p, blockIdx.x);
   const bool diagonal = p.kind == SumKind::kDiagonals;
   const int step_m = diagonal || p.kind == SumKind::kRow, step_n = diagonal || p.kind == SumKind::kDeltas;
@@ -311,13 +317,14 @@ __device__ __forceinline__ void add_steps(const AttentionSumsParams& p, SumPass&
   }
 }
 
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads, 3)
+template <int kThreads, bool kFloat32>
+__global__ void __launch_bounds__(kThreads, kFloat32 ? 2 : 3)
     attention_sums_kernel(const __grid_constant__ AttentionSumsParams p) {
-  static_assert(kThreads == SumPass::kThreads);
-  __shared__ __align__(128) uint8_t stages[2 * SumPass::kStage];
+  using Pass = SumPass<kFloat32>;
+  static_assert(kThreads == Pass::kThreads);
+  __shared__ __align__(128) uint8_t stages[2 * Pass::kStage];
   __shared__ Head head;
-  SumPass work(p, head, shared_address(stages));
+  Pass work(p, head, shared_address(stages));
   add_steps(p, work);
   work.share_total();
 

@@ -75,9 +75,10 @@ inline AttentionSumsPlan plan_attention_sums(AttentionSumsParams& p, int32_t tar
   p.target.stride_h = rows * columns;
   p.target.stride_b = target_H * rows * columns;
   p.share_stride = p.slabs * rows * columns;
-  p.aligned = has_aligned_rows(call.query, call.D) && has_aligned_rows(call.key, call.D) &&
-              (p.kind == SumKind::kWeights ||
-               (has_aligned_rows(call.value, call.D_v) && has_aligned_rows(p.bwd.grad_out, call.D_v)));
+  p.aligned = has_aligned_rows(call.query, call.dtype, call.D) &&
+              has_aligned_rows(call.key, call.dtype, call.D) &&
+              (p.kind == SumKind::kWeights || (has_aligned_rows(call.value, call.dtype, call.D_v) &&
+                                               has_aligned_rows(p.bwd.grad_out, call.dtype, call.D_v)));
   AttentionSumsPlan plan{blocks * parts, static_cast<int32_t>(parts)};
   // An entry has a share of the diagonal of tiles that its scores begin on, and one of the next.
   if (diagonal) plan.shares = static_cast<int32_t>(2 * parts);

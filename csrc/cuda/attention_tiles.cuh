@@ -3,6 +3,9 @@
 // 16 bytes; unit u of row r lies at u ^ (r mod 8), so that eight rows of one column of units, which is what
 // ldmatrix reads in one go, lie in eight different groups of banks. (Two rows of 32 columns share a group of
 // 128 bytes: there it is u ^ (r / 2 mod 4).)
+// A float32 tile [rows, kD] lies there as [rows, 2 kD] of 16 bits. Of eight rows of its units ldmatrix gives
+// lane l word l mod 4 of row l / 4, which is how mma.m16n8k8 takes both of its operands; so a step of 16
+// columns is two units of either type.
 #pragma once
 
 #include "attention_plan.h"
@@ -48,20 +51,37 @@ __device__ __forceinline__ uint32_t at_step(uint32_t address, int step) {
   return address ^ static_cast<uint32_t>(32 * step);
 }
 
+// An element as copies move it.
+template <DType kType>
+struct ElementOf {
+  using Type = uint16_t;
+};
+template <>
+struct ElementOf<DType::kFloat32> {
+  using Type = uint32_t;
+};
+
+// The columns of a tile [rows, kD] as Panel counts them.
+template <DType kType, int kD>
+inline constexpr int kPanelColumns = kD * static_cast<int>(size_of(kType)) / 2;
+
 // What a thread needs to copy its units of tiles of one tensor: unit threadIdx.x % kUnits of each panel, of
 // every kStep-th row.
-template <int kD, int kThreads, bool kWhole>
+template <DType kType, int kD, int kThreads, bool kWhole>
 struct RowCopier {
-  using P = Panel<kD>;
+  static constexpr int kColumns = kPanelColumns<kType, kD>;
+  using P = Panel<kColumns>;
+  using Element = typename ElementOf<kType>::Type;
   static constexpr int kStep = kThreads / P::kUnits;
+  static constexpr int kUnit = 16 / sizeof(Element);  // elements
+  static constexpr int kWidth = P::kUnits * kUnit;    // of a panel
 
-  const uint16_t*
-      from;  // the thread's unit in its first row of the tile that comes next: every copy moves on
+  const Element* from;  // the thread's unit in its first row of the tile that comes next: every copy moves on
   int64_t stride;
   int width;  // columns that there are
 
   __device__ __forceinline__ RowCopier(const HeadRows& rows, int64_t b, int64_t h, int64_t row, int columns)
-      : stride(rows.stride_row), width(columns - 8 * unit()) {
+      : stride(rows.stride_row), width(columns - kUnit * unit()) {
     from = row_begin(rows, b, h, row + first_row());
   }
 
@@ -69,10 +89,10 @@ struct RowCopier {
   static __device__ __forceinline__ int first_row() { return static_cast<int>(threadIdx.x) / P::kUnits; }
 
   // The thread's unit of a row.
-  static __device__ __forceinline__ const uint16_t* row_begin(const HeadRows& rows, int64_t b, int64_t h,
-                                                              int64_t row) {
-    return static_cast<const uint16_t*>(rows.data) + b * rows.stride_b + h * rows.stride_h +
-           row * rows.stride_row + 8 * unit();
+  static __device__ __forceinline__ const Element* row_begin(const HeadRows& rows, int64_t b, int64_t h,
+                                                             int64_t row) {
+    return static_cast<const Element*>(rows.data) + b * rows.stride_b + h * rows.stride_h +
+           row * rows.stride_row + kUnit * unit();
   }
 
   // Starts copies of a tile of kRows rows. `is_real(i)` tells of row first_row() + i kStep; zeros where it is
@@ -80,7 +100,7 @@ struct RowCopier {
   template <int kRows, typename IsReal>
   __device__ __forceinline__ void start(uint32_t shared, IsReal is_real) {
     static_assert(kRows % kStep == 0 && kStep % 8 == 0);
-    const uint32_t place = shared + place_in_panel<kD>(first_row(), unit());
+    const uint32_t place = shared + place_in_panel<kColumns>(first_row(), unit());
 #pragma unroll
     for (int i = 0; i < kRows / kStep; ++i) {
       start_row<kRows>(place + i * kStep * P::kPitch, from, is_real(i), width);
@@ -92,7 +112,7 @@ struct RowCopier {
   // The same for rows that are not aligned, element by element; at once.
   template <int kRows, typename IsReal>
   __device__ __forceinline__ void copy_elements(uint32_t shared, IsReal is_real) {
-    const uint32_t place = shared + place_in_panel<kD>(first_row(), unit());
+    const uint32_t place = shared + place_in_panel<kColumns>(first_row(), unit());
 #pragma unroll 1
     for (int i = 0; i < kRows / kStep; ++i, from += kStep * stride) {
       copy_row_elements<kRows>(place + i * kStep * P::kPitch, from, is_real(i), width);
@@ -105,10 +125,10 @@ struct RowCopier {
   static __device__ __forceinline__ void start_scattered(uint32_t shared, int columns, Begin begin,
                                                          IsReal is_real) {
     static_assert(kRows % kStep == 0 && kStep % 8 == 0);
-    const uint32_t place = shared + place_in_panel<kD>(first_row(), unit());
+    const uint32_t place = shared + place_in_panel<kColumns>(first_row(), unit());
 #pragma unroll
     for (int i = 0; i < kRows / kStep; ++i) {
-      start_row<kRows>(place + i * kStep * P::kPitch, begin(i), is_real(i), columns - 8 * unit());
+      start_row<kRows>(place + i * kStep * P::kPitch, begin(i), is_real(i), columns - kUnit * unit());
     }
   }
 
@@ -116,68 +136,49 @@ struct RowCopier {
   template <int kRows, typename Begin, typename IsReal>
   static __device__ __forceinline__ void copy_scattered_elements(uint32_t shared, int columns, Begin begin,
                                                                  IsReal is_real) {
-    const uint32_t place = shared + place_in_panel<kD>(first_row(), unit());
+    const uint32_t place = shared + place_in_panel<kColumns>(first_row(), unit());
 #pragma unroll 1
     for (int i = 0; i < kRows / kStep; ++i) {
-      copy_row_elements<kRows>(place + i * kStep * P::kPitch, begin(i), is_real(i), columns - 8 * unit());
+      copy_row_elements<kRows>(place + i * kStep * P::kPitch, begin(i), is_real(i), columns - kUnit * unit());
     }
   }
 
  private:
   // One row of a tile of kRows; `place` is where its unit in the first panel lies.
   template <int kRows>
-  static __device__ __forceinline__ void start_row(uint32_t place, const uint16_t* row, bool real,
-                                                   int width) {
+  static __device__ __forceinline__ void start_row(uint32_t place, const Element* row, bool real, int width) {
 #pragma unroll
     for (int panel = 0; panel < P::kCount; ++panel) {
-      copy_async(place + panel * kRows * P::kPitch, row + panel * P::kWidth,
-                 real && (kWhole || panel * P::kWidth < width));
+      copy_async(place + panel * kRows * P::kPitch, row + panel * kWidth,
+                 real && (kWhole || panel * kWidth < width));
     }
   }
 
   template <int kRows>
-  static __device__ __forceinline__ void copy_row_elements(uint32_t place, const uint16_t* row, bool real,
+  static __device__ __forceinline__ void copy_row_elements(uint32_t place, const Element* row, bool real,
                                                            int width) {
 #pragma unroll 1
     for (int panel = 0; panel < P::kCount; ++panel) {
-      uint32_t words[4];
+      uint32_t words[4] = {};
 #pragma unroll
-      for (int e = 0; e < 8; e += 2) {
-        const int column = panel * P::kWidth + e;
-        const uint32_t low = real && column < width ? row[column] : 0;
-        const uint32_t high = real && column + 1 < width ? row[column + 1] : 0;
-        words[e / 2] = low | high << 16;
+      for (int e = 0; e < kUnit; ++e) {
+        const int column = panel * kWidth + e;
+        const uint32_t element = real && column < width ? row[column] : 0;
+        words[e * 4 / kUnit] |= element << e * 128 / kUnit % 32;
       }
       store_shared(place + panel * kRows * P::kPitch, make_uint4(words[0], words[1], words[2], words[3]));
     }
   }
 };
 
-// value = large + small, to 2^-22 of it.
-__device__ __forceinline__ void split_float32(uint32_t value, uint32_t& large, uint32_t& small) {
-  const float whole = __uint_as_float(value);
-  large = round_to_tf32(whole);
-  small = round_to_tf32(whole - __uint_as_float(large));
-}
-
+// Of 16-bit types.
 template <DType kType>
 __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  static_assert(kType != DType::kFloat32);
   if constexpr (kType == DType::kBFloat16) {
     multiply_bfloat16(sum, a, b0, b1);
-  } else if constexpr (kType == DType::kFloat16) {
-    multiply_float16(sum, a, b0, b1);
   } else {
-    // Float32 in two halves, of which all products but that of the small ones count (3xTF32; Ootomo and
-    // Yokota, "Recovering single precision accuracy from Tensor Cores", 2022). Words are floats.
-    uint32_t large_a[4], small_a[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) split_float32(a[i], large_a[i], small_a[i]);
-    uint32_t large_b[2], small_b[2];
-    split_float32(b0, large_b[0], small_b[0]);
-    split_float32(b1, large_b[1], small_b[1]);
-    multiply_tf32(sum, small_a, large_b[0], large_b[1]);
-    multiply_tf32(sum, large_a, small_b[0], small_b[1]);
-    multiply_tf32(sum, large_a, large_b[0], large_b[1]);
+    multiply_float16(sum, a, b0, b1);
   }
 }
 

@@ -11,19 +11,24 @@ namespace fastformer::cuda {
 
 using AttentionKernel = void (*)(AttentionFwdParams);
 
+// Null where there is none.
+template <DType kType, int kD, AttentionKind kKind>
+constexpr AttentionKernel kernel_if_chosen() {
+  if constexpr (is_chosen(kD, kKind, kType, 8)) return attention_fwd_kernel<kType, kD, kKind>;
+  return nullptr;
+}
+
 template <DType kType, int kD>
 AttentionKernel kernel_of(AttentionKind kind) {
   switch (kind) {
     case AttentionKind::kWhole:
-      return attention_fwd_kernel<kType, kD, AttentionKind::kWhole>;
+      return kernel_if_chosen<kType, kD, AttentionKind::kWhole>();
     case AttentionKind::kPadded:
-      return attention_fwd_kernel<kType, kD, AttentionKind::kPadded>;
+      return kernel_if_chosen<kType, kD, AttentionKind::kPadded>();
     case AttentionKind::kGeneral:
-      return attention_fwd_kernel<kType, kD, AttentionKind::kGeneral>;
+      return kernel_if_chosen<kType, kD, AttentionKind::kGeneral>();
     case AttentionKind::kFew:
-      if constexpr (is_chosen(kD, AttentionKind::kFew, 8)) {
-        return attention_fwd_kernel<kType, kD, AttentionKind::kFew>;
-      }
+      return kernel_if_chosen<kType, kD, AttentionKind::kFew>();
   }
   return nullptr;
 }
@@ -49,14 +54,21 @@ AttentionKernel kernel_of(int block_d, AttentionKind kind) {
 }
 
 AttentionKernel kernel_of(DType dtype, const AttentionPlan& plan) {
-  return dtype == DType::kBFloat16 ? kernel_of<DType::kBFloat16>(plan.block_d, plan.kind)
-                                   : kernel_of<DType::kFloat16>(plan.block_d, plan.kind);
+  switch (dtype) {
+    case DType::kFloat32:
+      return kernel_of<DType::kFloat32>(plan.block_d, plan.kind);
+    case DType::kBFloat16:
+      return kernel_of<DType::kBFloat16>(plan.block_d, plan.kind);
+    case DType::kFloat16:
+      return kernel_of<DType::kFloat16>(plan.block_d, plan.kind);
+  }
+  return nullptr;
 }
 
 // Lets a kernel have its shared memory on the current device: once, since the driver remembers.
 cudaError_t allow_shared(AttentionKernel kernel, DType dtype, const AttentionPlan& plan) {
-  constexpr int kDevices = 64, kKinds = 4, kMostUnits = 256 / 32;
-  static std::atomic<bool> allowed[kDevices][2][kMostUnits][kKinds];
+  constexpr int kDevices = 64, kTypes = 3, kKinds = 4, kMostUnits = 256 / 32;
+  static std::atomic<bool> allowed[kDevices][kTypes][kMostUnits][kKinds];
   int device = 0;
   const cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
@@ -65,7 +77,7 @@ cudaError_t allow_shared(AttentionKernel kernel, DType dtype, const AttentionPla
                                 static_cast<int>(plan.shared_bytes));
   };
   if (device >= kDevices) return set();
-  auto& done = allowed[device][dtype == DType::kFloat16][plan.block_d / 32 - 1][static_cast<int>(plan.kind)];
+  auto& done = allowed[device][static_cast<int>(dtype)][plan.block_d / 32 - 1][static_cast<int>(plan.kind)];
   if (done.load(std::memory_order_acquire)) return cudaSuccess;
   const cudaError_t failed = set();
   if (failed == cudaSuccess) done.store(true, std::memory_order_release);

@@ -21,22 +21,28 @@ BackwardKernels backward_kernels_of() {
 
 template <DType kType>
 BackwardKernels backward_kernels_of(int block_d, bool plain) {
-  if (block_d == 64)
-    return plain ? backward_kernels_of<kType, 64, true>() : backward_kernels_of<kType, 64, false>();
-  if (block_d == 128)
-    return plain ? backward_kernels_of<kType, 128, true>() : backward_kernels_of<kType, 128, false>();
+  if constexpr (kType != DType::kFloat32) {
+    if (plain)
+      return block_d == 64 ? backward_kernels_of<kType, 64, true>() : backward_kernels_of<kType, 128, true>();
+  }
+  if (block_d == 64) return backward_kernels_of<kType, 64, false>();
+  if (block_d == 128) return backward_kernels_of<kType, 128, false>();
   return backward_kernels_of<kType, 256, false>();
 }
 
 BackwardKernels backward_kernels_of(DType dtype, const AttentionBwdPlan& plan) {
+  if (dtype == DType::kFloat32) return backward_kernels_of<DType::kFloat32>(plan.block_d, plan.plain);
   return dtype == DType::kBFloat16 ? backward_kernels_of<DType::kBFloat16>(plan.block_d, plan.plain)
                                    : backward_kernels_of<DType::kFloat16>(plan.block_d, plan.plain);
 }
 
+// Of `zeros`: what a warp has of a tile of dQ.
+int zeros_of(const AttentionBwdPlan& plan) { return plan.block_m * plan.block_d / (plan.threads / kWarp); }
+
 // As allow_shared of launch_attention.cu.
 cudaError_t allow_shared(const BackwardKernels& kernels, DType dtype, const AttentionBwdPlan& plan) {
-  constexpr int kDevices = 64, kMostUnits = 256 / 64;
-  static std::atomic<bool> allowed[kDevices][2][kMostUnits][2];
+  constexpr int kDevices = 64, kTypes = 3, kMostUnits = 256 / 64;
+  static std::atomic<bool> allowed[kDevices][kTypes][kMostUnits][2];
   int device = 0;
   const cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
@@ -44,7 +50,7 @@ cudaError_t allow_shared(const BackwardKernels& kernels, DType dtype, const Atte
     return cudaFuncSetAttribute(kernels.keys, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
   };
   if (device >= kDevices) return set();
-  auto& done = allowed[device][dtype == DType::kFloat16][plan.block_d / 64 - 1][plan.plain];
+  auto& done = allowed[device][static_cast<int>(dtype)][plan.block_d / 64 - 1][plan.plain];
   if (done.load(std::memory_order_acquire)) return cudaSuccess;
   const cudaError_t failed = set();
   if (failed == cudaSuccess) done.store(true, std::memory_order_release);
@@ -67,8 +73,7 @@ LaunchFailure launch(const AttentionBwdPlan& plan, const AttentionBwdParams& p, 
   const BackwardKernels kernels = backward_kernels_of(p.call.dtype, plan);
   const cudaError_t refused = allow_shared(kernels, p.call.dtype, plan);
   if (refused != cudaSuccess) return {"attention_bwd_keys_kernel", refused};
-  const int zeros = plan.block_m * plan.block_d / kBackwardWarps;
-  kernels.rows<<<plan.query_grid, plan.threads, 0, stream>>>(p, plan.block_m, zeros);
+  kernels.rows<<<plan.query_grid, kBackwardWarps * kWarp, 0, stream>>>(p, plan.block_m, zeros_of(plan));
   cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return {"attention_bwd_rows_kernel", error};
   if (p.grad_sink != nullptr) {
@@ -187,7 +192,7 @@ struct Workspace {
   Workspace(const Tensor& like, const AttentionBwdPlan& plan, int64_t deltas, int64_t row_grads,
             cudaStream_t stream, AttentionBwdParams& p)
       : floats(floats_on(like, 0)), integers(floats_on(like, 0)) {
-    const int64_t zeros = plan.block_m * plan.block_d / kBackwardWarps;
+    const int64_t zeros = zeros_of(plan);
     const int64_t shares = p.grad_sink == nullptr ? 0 : int64_t{p.call.H} * p.call.B * p.call.tiles;
     // In this order every part begins at a multiple of what its kernels read at a time.
     floats = floats_on(

@@ -6,8 +6,10 @@
 namespace fastformer::cuda {
 
 cudaError_t launch_sums(const AttentionSumsPlan& plan, const AttentionSumsParams& p, cudaStream_t stream) {
-  attention_sums_kernel<kScoreSumThreads>
-      <<<static_cast<uint32_t>(plan.grid), kScoreSumThreads, 0, stream>>>(p);
+  const bool float32 = p.bwd.call.dtype == DType::kFloat32;
+  const auto kernel = float32 ? attention_sums_kernel<kScoreSumThreads, true>
+                              : attention_sums_kernel<kScoreSumThreads, false>;
+  kernel<<<static_cast<uint32_t>(plan.grid), kScoreSumThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -3,32 +3,29 @@
 // architecture, and the tests compile this file to PTX by itself.
 #include <cuda_runtime.h>
 
-#include "norm.cuh"
+#include "norm_bwd.cuh"
 
 namespace fastformer::cuda {
 
 template <typename Params>
 using Kernel = void (*)(Params);
 
-template <int kColumns>
 Kernel<NormFwdParams> norm_fwd_kept(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:
-      return norm_fwd_kept_kernel<DType::kFloat32, kColumns>;
+      return norm_fwd_kept_kernel<DType::kFloat32>;
     case DType::kBFloat16:
-      return norm_fwd_kept_kernel<DType::kBFloat16, kColumns>;
+      return norm_fwd_kept_kernel<DType::kBFloat16>;
     case DType::kFloat16:
-      return norm_fwd_kept_kernel<DType::kFloat16, kColumns>;
+      return norm_fwd_kept_kernel<DType::kFloat16>;
   }
   return nullptr;
 }
 
 Kernel<NormFwdParams> kernel_of(NormKernel kernel, const NormFwdParams& p) {
   switch (kernel) {
-    case NormKernel::kFwdKept16:
-      return norm_fwd_kept<16>(p.x_dtype);
-    case NormKernel::kFwdKept32:
-      return norm_fwd_kept<32>(p.x_dtype);
+    case NormKernel::kFwdKept:
+      return norm_fwd_kept(p.x_dtype);
     case NormKernel::kFwdAny:
       return norm_fwd_any_kernel;
     case NormKernel::kFwdWide:

@@ -1,5 +1,5 @@
-// Layer norm and rms norm with residual and dropout: kernels, free of torch. Which one runs, and on which
-// grid, is norm_plan.h's to say. Every block is blockDim.x threads a row by blockDim.y rows.
+// Layer norm and rms norm with residual and dropout: forward kernels, free of torch. Which one runs, and on
+// which grid, is norm_plan.h's to say. Every block is blockDim.x threads a row by blockDim.y rows.
 #pragma once
 
 #include "tile.cuh"
@@ -12,8 +12,9 @@ struct RowOfBlock {
 };
 
 __device__ __forceinline__ RowOfBlock row_of_block(int64_t rows) {
-  const int64_t index = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
-  return {index, index < rows};
+  // In 32 bits, which hold every row; 64-bit products take three instructions.
+  const uint32_t index = blockIdx.x * blockDim.y + threadIdx.y;
+  return {index, index < static_cast<uint32_t>(rows)};
 }
 
 // s = residual + dropout(x) of one unit in float32, any types; 0 beyond the row.
@@ -31,44 +32,47 @@ __device__ __forceinline__ void load_s(const NormFwdParams& p, int64_t row, int 
 
 // centred <- centred * rstd * weight + bias, written to out.
 template <int kUnit>
-__device__ __forceinline__ void finish_unit(const NormFwdParams& p, DType out_dtype, bool vector, int64_t row,
-                                            int unit, float rstd, float (&centred)[kUnit]) {
+__device__ __forceinline__ void finish_unit(const NormFwdParams& p, int64_t row, int unit, float rstd,
+                                            float (&centred)[kUnit]) {
   float parameter[kUnit];
 #pragma unroll
   for (int e = 0; e < kUnit; ++e) centred[e] *= rstd;
   if (p.weight != nullptr) {
-    load_unit(p.weight, p.weight_dtype, vector, unit, p.columns, parameter);
+    load_unit(p.weight, p.weight_dtype, p.vector, unit, p.columns, parameter);
 #pragma unroll
     for (int e = 0; e < kUnit; ++e) centred[e] *= parameter[e];
   }
   if (p.bias != nullptr) {
-    load_unit(p.bias, p.bias_dtype, vector, unit, p.columns, parameter);
+    load_unit(p.bias, p.bias_dtype, p.vector, unit, p.columns, parameter);
 #pragma unroll
     for (int e = 0; e < kUnit; ++e) centred[e] += parameter[e];
   }
-  store_unit(row_at(p.out, out_dtype, row * p.columns), out_dtype, vector, unit, p.columns, centred);
+  store_unit(row_at(p.out, p.out_dtype, row * p.columns), p.out_dtype, p.vector, unit, p.columns, centred);
 }
 
-__device__ __forceinline__ void store_statistics(const NormFwdParams& p, int64_t row, float mean,
-                                                 float rstd) {
+struct RowStatistics {
+  float mean, rstd;
+};
+
+__device__ __forceinline__ void store_statistics(const NormFwdParams& p, int64_t row,
+                                                 RowStatistics statistics) {
   if (threadIdx.x != 0) return;
-  if (!p.rms) p.mean[row] = mean;
-  p.rstd[row] = rstd;
+  if (!p.rms) p.mean[row] = statistics.mean;
+  p.rstd[row] = statistics.rstd;
 }
 
-// Normalises a row held in registers, s [kUnits, kUnit]: mean first, then centred squares.
+// Centres a row held in registers, s [kUnits, kUnit]: mean first, then centred squares.
 template <int kUnit, int kUnits>
-__device__ __forceinline__ void norm_row(const NormFwdParams& p, DType out_dtype, bool vector, RowOfBlock row,
-                                         float (&s)[kUnits][kUnit]) {
+__device__ __forceinline__ RowStatistics centre_row(const NormFwdParams& p, bool vector,
+                                                    float (&s)[kUnits][kUnit]) {
   // One array a sum: a slow warp may still read the first while a fast one writes the second.
   __shared__ float mean_shared[kMaxWarps][1], squares_shared[kMaxWarps][1];
-  const int units = (p.columns + kUnit - 1) / kUnit;
   float mean[1] = {0.0f};
   if (!p.rms) {
 #pragma unroll
     for (int k = 0; k < kUnits; ++k) mean[0] += sum_of(s[k]);
     row_sum(mean, mean_shared);
-    mean[0] /= static_cast<float>(p.columns);
+    mean[0] *= p.share;
   }
   float squares[1] = {0.0f};
 #pragma unroll
@@ -79,55 +83,87 @@ __device__ __forceinline__ void norm_row(const NormFwdParams& p, DType out_dtype
     for (int e = 0; e < kUnit; ++e) {
       s[k][e] -= mean[0];
       // A column beyond the row was read as 0, and is -mean now.
-      const bool inside = vector ? unit < units : unit * kUnit + e < p.columns;
+      const bool inside = vector || unit * kUnit + e < p.columns;
       of_unit = fmaf(inside ? s[k][e] : 0.0f, s[k][e], of_unit);
     }
-    squares[0] += of_unit;
+    squares[0] += unit * kUnit < p.columns ? of_unit : 0.0f;
   }
   row_sum(squares, squares_shared);
-  const float rstd = reciprocal_sqrt(squares[0] / static_cast<float>(p.columns) + p.eps);
-  if (!row.real) return;
+  return {mean[0], reciprocal_sqrt(fmaf(squares[0], p.share, p.eps))};
+}
 
-  store_statistics(p, row.index, mean[0], rstd);
+// centred * rstd * weight + bias of a thread's units, written to `out`.
+template <DType kType, DType kParameter, int kUnit, int kUnits>
+__device__ __forceinline__ void finish_row(const NormFwdParams& p, int units, float rstd, uint4* out,
+                                           float (&centred)[kUnits][kUnit]) {
 #pragma unroll
   for (int k = 0; k < kUnits; ++k) {
     const int unit = k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-    if (unit < units) finish_unit(p, out_dtype, vector, row.index, unit, rstd, s[k]);
+    if (unit >= units) continue;
+    float weight[kUnit], bias[kUnit];
+#pragma unroll
+    for (int e = 0; e < kUnit; ++e) centred[k][e] *= rstd;
+    if (p.weight != nullptr && p.bias != nullptr) {
+      load_parameter<kParameter>(p.weight, unit, weight);
+      load_parameter<kParameter>(p.bias, unit, bias);
+#pragma unroll
+      for (int e = 0; e < kUnit; ++e) centred[k][e] = fmaf(centred[k][e], weight[e], bias[e]);
+    } else if (p.weight != nullptr) {
+      load_parameter<kParameter>(p.weight, unit, weight);
+#pragma unroll
+      for (int e = 0; e < kUnit; ++e) centred[k][e] *= weight[e];
+    } else if (p.bias != nullptr) {
+      load_parameter<kParameter>(p.bias, unit, bias);
+#pragma unroll
+      for (int e = 0; e < kUnit; ++e) centred[k][e] += bias[e];
+    }
+    out[unit] = packed(centred[k], kType);
   }
 }
 
-// Rows of kColumns columns a thread in registers; x and residual of type kType, 16-byte aligned throughout.
-// Writes out, mean, rstd and, with a residual, sum.
-template <DType kType, int kColumns>
+// Rows of up to kKeptColumns columns a thread in registers; x and residual of type kType, parameters of kType
+// or float32, 16-byte aligned throughout. Writes out, mean, rstd and, with a residual, sum.
+template <DType kType>
 __global__ void __launch_bounds__(kMaxThreads) norm_fwd_kept_kernel(const __grid_constant__ NormFwdParams p) {
   constexpr int kUnit = kType == DType::kFloat32 ? kNarrowUnit : kWideUnit;
-  constexpr int kUnits = kColumns / kUnit;
+  constexpr int kUnits = kKeptColumns / kUnit;
   const RowOfBlock row = row_of_block(p.rows);
-  const int units = p.columns / kUnit;
-  uint4 x[kUnits], residual[kUnits];
-  load_row(row_at(p.x, kType, row.index * p.x_stride), units, row.real, x);
-  load_row(row_at(p.residual, kType, row.index * p.residual_stride), units, row.real && p.residual != nullptr,
-           residual);
+  const int units = row.real ? static_cast<int>(static_cast<uint32_t>(p.columns) / kUnit) : 0;
+  uint4 words[kUnits];
   float s[kUnits][kUnit];
+  load_row(row_at(p.x, kType, row.index * p.x_stride), units, words);
+  if (p.residual == nullptr) {
 #pragma unroll
-  for (int k = 0; k < kUnits; ++k) unpack(reinterpret_cast<const uint32_t*>(&x[k]), kType, s[k]);
-
-  if (p.residual != nullptr) {
+    for (int k = 0; k < kUnits; ++k) unpack(reinterpret_cast<const uint32_t*>(&words[k]), kType, s[k]);
+  } else {
+    uint4 residual[kUnits];
+    load_row(row_at(p.residual, kType, row.index * p.residual_stride), units, residual);
+    uint4* sum = static_cast<uint4*>(row_at(p.sum, kType, row.index * p.columns));
     const uint64_t seed = p.threshold > 0 ? *p.seed : 0;
 #pragma unroll
     for (int k = 0; k < kUnits; ++k) {
       const int unit = k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+      unpack(reinterpret_cast<const uint32_t*>(&words[k]), kType, s[k]);
       if (p.threshold > 0) drop_unit(seed, row.index, unit, p.threshold, p.scale, s[k]);
       float other[kUnit];
       unpack(reinterpret_cast<const uint32_t*>(&residual[k]), kType, other);
 #pragma unroll
-      for (int e = 0; e < kUnit; ++e) s[k][e] = rounded(__fadd_rn(other[e], s[k][e]), kType);
-      if (row.real && unit < units) {
-        store_unit(row_at(p.sum, kType, row.index * p.columns), kType, true, unit, p.columns, s[k]);
-      }
+      for (int e = 0; e < kUnit; ++e) s[k][e] = __fadd_rn(other[e], s[k][e]);
+      // What is normalised is s as it is written.
+      words[k] = packed(s[k], kType);
+      unpack(reinterpret_cast<const uint32_t*>(&words[k]), kType, s[k]);
+      if (unit < units) sum[unit] = words[k];
     }
   }
-  norm_row<kUnit, kUnits>(p, kType, true, row, s);
+  const RowStatistics statistics = centre_row(p, true, s);
+  if (!row.real) return;
+  store_statistics(p, row.index, statistics);
+  uint4* out = static_cast<uint4*>(row_at(p.out, kType, row.index * p.columns));
+  if (kType != DType::kFloat32 && p.weight_dtype == kType) {
+    finish_row<kType, kType>(p, units, statistics.rstd, out, s);
+  } else {
+    finish_row<kType, DType::kFloat32>(p, units, statistics.rstd, out, s);
+  }
 }
 
 // The same for x and residual of any two types, and for rows that are not aligned.
@@ -149,7 +185,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
                  s[k]);
     }
   }
-  norm_row<kNarrowUnit, kUnits>(p, p.out_dtype, p.vector, row, s);
+  const RowStatistics statistics = centre_row(p, p.vector, s);
+  if (!row.real) return;
+  store_statistics(p, row.index, statistics);
+#pragma unroll
+  for (int k = 0; k < kUnits; ++k) {
+    const int unit = k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+    if (unit < units) finish_unit(p, row.index, unit, statistics.rstd, s[k]);
+  }
 }
 
 // A block a row, the row read once for each of mean, squares and result: the second and third time from L2.
@@ -166,7 +209,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_fwd_wide_kernel(const __grid
       mean[0] += sum_of(s);
     }
     row_sum(mean, mean_shared);
-    mean[0] /= static_cast<float>(p.columns);
+    mean[0] *= p.share;
   }
   for (int unit = first; unit < units; unit += step) {
     load_s(p, row, unit, s);
@@ -179,8 +222,8 @@ __global__ void __launch_bounds__(kMaxThreads) norm_fwd_wide_kernel(const __grid
     squares[0] += of_unit;
   }
   row_sum(squares, squares_shared);
-  const float rstd = reciprocal_sqrt(squares[0] / static_cast<float>(p.columns) + p.eps);
-  store_statistics(p, row, mean[0], rstd);
+  const float rstd = reciprocal_sqrt(fmaf(squares[0], p.share, p.eps));
+  store_statistics(p, row, {mean[0], rstd});
   for (int unit = first; unit < units; unit += step) {
     load_s(p, row, unit, s);
     if (p.residual != nullptr) {
@@ -188,232 +231,8 @@ __global__ void __launch_bounds__(kMaxThreads) norm_fwd_wide_kernel(const __grid
     }
 #pragma unroll
     for (int e = 0; e < kNarrowUnit; ++e) s[e] -= mean[0];
-    finish_unit(p, p.out_dtype, p.vector, row, unit, rstd, s);
+    finish_unit(p, row, unit, rstd, s);
   }
-}
-
-// With g = grad_out * weight and xhat = (s - mean) * rstd:
-//   ds = rstd * (g - mean_of(g) - xhat * mean_of(g * xhat)) + grad_sum, without mean_of(g) for rms
-//   dweight = sum over rows of grad_out * xhat, dbias = sum over rows of grad_out
-struct RowStatistics {
-  float mean, rstd;
-};
-
-__device__ __forceinline__ RowStatistics load_statistics(const NormBwdParams& p, int64_t row, bool real) {
-  return {real && !p.rms ? p.mean[row] : 0.0f, real ? p.rstd[row] : 0.0f};
-}
-
-// Writes ds and, with dropout, dx of one unit; g and xhat hold the unit, means the row's two sums over
-// columns.
-template <int kUnit>
-__device__ __forceinline__ void finish_gradient(const NormBwdParams& p, DType dtype, bool vector, int64_t row,
-                                                int unit, float rstd, const float (&means)[2],
-                                                const float (&grad_sum)[kUnit], float (&g)[kUnit],
-                                                const float (&xhat)[kUnit]) {
-#pragma unroll
-  for (int e = 0; e < kUnit; ++e) {
-    g[e] = fmaf(rstd, fmaf(-xhat[e], means[1], g[e] - means[0]), grad_sum[e]);
-  }
-  store_unit(row_at(p.ds, dtype, row * p.columns), dtype, vector, unit, p.columns, g);
-  if (p.threshold == 0) return;
-  drop_unit(*p.seed, row, unit, p.threshold, p.scale, g);
-  store_unit(row_at(p.dx, dtype, row * p.columns), dtype, vector, unit, p.columns, g);
-}
-
-// The sums over columns become means; rms has no mean of g.
-__device__ __forceinline__ void sums_to_means(const NormBwdParams& p, float (&sums)[2]) {
-  sums[0] = p.rms ? 0.0f : sums[0] / static_cast<float>(p.columns);
-  sums[1] /= static_cast<float>(p.columns);
-}
-
-// Adds `share` [kUnit columns a thread] over the block's rows and writes the sum to `target` at `unit`. All
-// threads of the block must call; `shared` holds 16 bytes a thread and is free again afterwards.
-template <int kUnit>
-__device__ __forceinline__ void store_share(const float (&share)[kUnit], float4* shared, float* target,
-                                            int unit, bool inside) {
-  const int x = static_cast<int>(threadIdx.x), y = static_cast<int>(threadIdx.y);
-#pragma unroll
-  for (int part = 0; part < kUnit / 4; ++part) {
-    shared[y * blockDim.x + x] =
-        make_float4(share[4 * part], share[4 * part + 1], share[4 * part + 2], share[4 * part + 3]);
-    __syncthreads();
-    if (y == 0 && inside) {
-      float4 sum = shared[x];
-      for (int other = 1; other < static_cast<int>(blockDim.y); ++other) {
-        const float4 more = shared[other * blockDim.x + x];
-        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
-      }
-      reinterpret_cast<float4*>(target)[unit * (kUnit / 4) + part] = sum;
-    }
-    // The next part overwrites what slow warps may still add.
-    __syncthreads();
-  }
-}
-
-// One wave of blocks walks the rows, [blockDim.y rows at a time]; a thread keeps its 16 columns' shares of
-// dweight and dbias and its weights in registers. Writes ds, dx and the block's line of p.partial.
-template <DType kType>
-__global__ void __launch_bounds__(kMaxThreads) norm_bwd_kept_kernel(const __grid_constant__ NormBwdParams p) {
-  constexpr int kUnit = kType == DType::kFloat32 ? kNarrowUnit : kWideUnit;
-  constexpr int kUnits = 16 / kUnit;
-  // Two, taken in turn: a slow warp may still read one row's sums while a fast one writes the next row's.
-  __shared__ float sums_shared[2][kMaxWarps][2];
-  __shared__ float4 share_shared[kMaxThreads];
-  const int units = p.columns / kUnit;
-  float weight[kUnits][kUnit], dweight[kUnits][kUnit], dbias[kUnits][kUnit];
-#pragma unroll
-  for (int k = 0; k < kUnits; ++k) {
-    const int unit = k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-#pragma unroll
-    for (int e = 0; e < kUnit; ++e) weight[k][e] = 1.0f, dweight[k][e] = 0.0f, dbias[k][e] = 0.0f;
-    if (p.weight != nullptr && unit < units) {
-      load_unit(p.weight, p.weight_dtype, true, unit, p.columns, weight[k]);
-    }
-  }
-
-  int turn = 0;
-  const int64_t step = int64_t{gridDim.x} * blockDim.y;
-  for (int64_t first = int64_t{blockIdx.x} * blockDim.y; first < p.rows; first += step) {
-    const int64_t row = first + threadIdx.y;
-    const bool real = row < p.rows;
-    uint4 grad_words[kUnits], s_words[kUnits], grad_sum_words[kUnits];
-    load_row(row_at(p.grad_out, kType, row * p.grad_out_stride), units, real, grad_words);
-    load_row(row_at(p.s, kType, row * p.s_stride), units, real, s_words);
-    load_row(row_at(p.grad_sum, kType, row * p.grad_sum_stride), units, real && p.grad_sum != nullptr,
-             grad_sum_words);
-    const RowStatistics statistics = load_statistics(p, row, real);
-
-    float g[kUnits][kUnit], xhat[kUnits][kUnit];
-    float sums[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int k = 0; k < kUnits; ++k) {
-      unpack(reinterpret_cast<const uint32_t*>(&grad_words[k]), kType, g[k]);
-      unpack(reinterpret_cast<const uint32_t*>(&s_words[k]), kType, xhat[k]);
-#pragma unroll
-      for (int e = 0; e < kUnit; ++e) {
-        xhat[k][e] = (xhat[k][e] - statistics.mean) * statistics.rstd;
-        dweight[k][e] = fmaf(g[k][e], xhat[k][e], dweight[k][e]);
-        dbias[k][e] += g[k][e];
-        g[k][e] *= weight[k][e];
-        sums[0] += g[k][e];
-        sums[1] = fmaf(g[k][e], xhat[k][e], sums[1]);
-      }
-    }
-    row_sum(sums, sums_shared[turn]);
-    turn ^= 1;
-    sums_to_means(p, sums);
-#pragma unroll
-    for (int k = 0; k < kUnits; ++k) {
-      const int unit = k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-      float grad_sum[kUnit];
-      unpack(reinterpret_cast<const uint32_t*>(&grad_sum_words[k]), kType, grad_sum);
-      if (real && unit < units) {
-        finish_gradient(p, kType, true, row, unit, statistics.rstd, sums, grad_sum, g[k], xhat[k]);
-      }
-    }
-  }
-  if (p.partial == nullptr) return;
-
-  float* line = p.partial + int64_t{blockIdx.x} * 2 * p.partial_stride;
-#pragma unroll
-  for (int k = 0; k < kUnits; ++k) {
-    const int unit = k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-    store_share(dweight[k], share_shared, line, unit, unit < units);
-    store_share(dbias[k], share_shared, line + p.partial_stride, unit, unit < units);
-  }
-}
-
-// ds and dx of rows of any width, types and alignment: one pass over the row for its two sums, one for the
-// result.
-__global__ void __launch_bounds__(kMaxThreads) norm_bwd_any_kernel(const __grid_constant__ NormBwdParams p) {
-  __shared__ float sums_shared[kMaxWarps][2];
-  const RowOfBlock row = row_of_block(p.rows);
-  const int units = row.real ? (p.columns + kNarrowUnit - 1) / kNarrowUnit : 0;
-  const int step = static_cast<int>(blockDim.x);
-  const RowStatistics statistics = load_statistics(p, row.index, row.real);
-  const void* grad_out = row_at(p.grad_out, p.grad_out_dtype, row.index * p.grad_out_stride);
-  const void* s = row_at(p.s, p.s_dtype, row.index * p.s_stride);
-  float g[kNarrowUnit], xhat[kNarrowUnit], other[kNarrowUnit];
-  const auto load = [&](int unit) {
-    load_unit(grad_out, p.grad_out_dtype, p.vector, unit, p.columns, g);
-    load_unit(s, p.s_dtype, p.vector, unit, p.columns, xhat);
-    if (p.weight != nullptr) load_unit(p.weight, p.weight_dtype, p.vector, unit, p.columns, other);
-#pragma unroll
-    for (int e = 0; e < kNarrowUnit; ++e) {
-      xhat[e] = (xhat[e] - statistics.mean) * statistics.rstd;
-      if (p.weight != nullptr) g[e] *= other[e];
-    }
-  };
-
-  float sums[2] = {0.0f, 0.0f};
-  for (int unit = static_cast<int>(threadIdx.x); unit < units; unit += step) {
-    load(unit);
-    float products = 0.0f;
-#pragma unroll
-    for (int e = 0; e < kNarrowUnit; ++e) products = fmaf(g[e], xhat[e], products);
-    sums[0] += sum_of(g);
-    sums[1] += products;
-  }
-  row_sum(sums, sums_shared);
-  sums_to_means(p, sums);
-  for (int unit = static_cast<int>(threadIdx.x); unit < units; unit += step) {
-    load(unit);
-#pragma unroll
-    for (int e = 0; e < kNarrowUnit; ++e) other[e] = 0.0f;
-    if (p.grad_sum != nullptr) {
-      load_unit(row_at(p.grad_sum, p.grad_sum_dtype, row.index * p.grad_sum_stride), p.grad_sum_dtype,
-                p.vector, unit, p.columns, other);
-    }
-    finish_gradient(p, p.s_dtype, p.vector, row.index, unit, statistics.rstd, sums, other, g, xhat);
-  }
-}
-
-// Shares of dweight and dbias beside norm_bwd_any_kernel: a thread walks down one unit of columns, block (x,
-// y) writes its columns of line y of p.partial.
-__global__ void __launch_bounds__(256) norm_bwd_columns_kernel(const __grid_constant__ NormBwdParams p) {
-  __shared__ float4 share_shared[256];
-  const int unit = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-  const bool inside = unit * kNarrowUnit < p.columns;
-  float dweight[kNarrowUnit] = {}, dbias[kNarrowUnit] = {};
-  const int64_t step = int64_t{gridDim.y} * blockDim.y;
-  for (int64_t row = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; inside && row < p.rows; row += step) {
-    const RowStatistics statistics = load_statistics(p, row, true);
-    float grad[kNarrowUnit], s[kNarrowUnit];
-    load_unit(row_at(p.grad_out, p.grad_out_dtype, row * p.grad_out_stride), p.grad_out_dtype, p.vector, unit,
-              p.columns, grad);
-    load_unit(row_at(p.s, p.s_dtype, row * p.s_stride), p.s_dtype, p.vector, unit, p.columns, s);
-#pragma unroll
-    for (int e = 0; e < kNarrowUnit; ++e) {
-      dweight[e] = fmaf(grad[e], (s[e] - statistics.mean) * statistics.rstd, dweight[e]);
-      dbias[e] += grad[e];
-    }
-  }
-  float* line = p.partial + int64_t{blockIdx.y} * 2 * p.partial_stride;
-  store_share(dweight, share_shared, line, unit, inside);
-  store_share(dbias, share_shared, line + p.partial_stride, unit, inside);
-}
-
-// dweight (y = 0) and dbias (y = 1): adds the lines of p.partial, 32 columns a block, in an order that only
-// the number of lines decides.
-__global__ void __launch_bounds__(kMaxThreads)
-    norm_bwd_reduce_kernel(const __grid_constant__ NormBwdParams p) {
-  __shared__ float shared[kReduceLines][kWarp];
-  float* target = blockIdx.y == 0 ? p.dweight : p.dbias;
-  if (target == nullptr) return;
-  const int column = static_cast<int>(blockIdx.x * kWarp + threadIdx.x);
-  const int y = static_cast<int>(threadIdx.y), lines = static_cast<int>(blockDim.y);
-  const int64_t line = 2 * int64_t{p.partial_stride};
-  const float* source = p.partial + blockIdx.y * p.partial_stride + column;
-  float sum = 0.0f;
-  if (column < p.columns) {
-#pragma unroll 4
-    for (int share = y; share < p.partial_rows; share += lines) sum += source[share * line];
-  }
-  shared[y][threadIdx.x] = sum;
-  __syncthreads();
-  if (y > 0 || column >= p.columns) return;
-  for (int other = 1; other < lines; ++other) sum += shared[other][threadIdx.x];
-  target[column] = sum;
 }
 
 }  // namespace fastformer::cuda

@@ -3,11 +3,13 @@
 //
 // Budget. An SM of an H100 gets about 3.4 bytes from DRAM in the time in which each of its schedulers issues
 // an instruction; half of the issue slots idle in practice, so we aim at 7 bytes moved per instruction. A
-// 16-bit layer norm moves 4 bytes a column and spends about 9 lane instructions on it: 2 conversions, add,
-// subtract, fused square, scale, fused weight and bias, a share of the weight's own load and conversion. That
-// is 14 bytes a slot before the two reductions, which cost about 40 slots a warp, so a warp should bring 16
-// columns a lane or more. Bytes in flight: 3.35 TB/s at 0.7 us latency is 18 KB an SM, and the 20 warps
-// that 90 registers allow ask for 2 KB of x each before they wait.
+// 16-bit layer norm moves 4 bytes a column and spends 8.5 lane instructions on it: 3 conversions and a half
+// (x, weight, bias, out), add, subtract, fused square, scale, fused weight and bias. That is 15 bytes a slot
+// before all that a warp does once, in 180 to 250 slots: addresses, two reductions, statistics. So a lane
+// should bring 32 columns; what was compiled then issues 7.2 to 9 bytes a slot (tests/gates counts them).
+// Backward a lane has room for 16 columns beside their shares of two gradients: 7.3 to 8.5. Bytes in flight:
+// 3.35 TB/s at 0.7 us latency is 18 KB an SM, and the 20 warps that 96 registers allow ask for 2 KB of x each
+// before they wait.
 #pragma once
 
 #include <cstdint>
@@ -39,6 +41,7 @@ struct NormFwdParams {
   float eps;
   uint32_t threshold;  // a 16-bit decision keeps its element iff it is >= threshold; 0: no dropout
   float scale;         // of what is kept
+  float share;         // set by the plan: of a column in a mean
   int32_t rms;
   int32_t vector;  // set by the plan: rows and parameters may be read a unit at a time
 };
@@ -70,6 +73,7 @@ struct NormBwdParams {
   DType weight_dtype;
   uint32_t threshold;
   float scale;
+  float share;
   int32_t rms;
   int32_t vector;  // set by the plan
 };
@@ -82,11 +86,11 @@ constexpr int kNarrowUnit = 4;
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 512;  // leaves 128 registers a thread
 constexpr int kMaxWarps = kMaxThreads / kWarp;
+constexpr int kKeptColumns = 32;  // that a thread of kFwdKept holds at most
 constexpr int kReduceLines = 16;  // shares of dweight and dbias that a block adds side by side
 
 enum class NormKernel : int32_t {
-  kFwdKept16,   // the row in registers, up to 16 columns a thread; aligned, x and residual of one type
-  kFwdKept32,   // the same, 32 columns
+  kFwdKept,     // the row in registers; aligned, x and residual of one type, parameters of it or float32
   kFwdAny,      // the row in registers, up to 32 columns a thread, any types and alignment
   kFwdWide,     // rows that no register file holds are read three times, from L2 after the first
   kBwdKept,     // ds and shares of dweight, dbias in one pass, up to 16 columns a thread; aligned, one type
@@ -97,8 +101,7 @@ enum class NormKernel : int32_t {
 
 inline const char* name_of(NormKernel kernel) {
   switch (kernel) {
-    case NormKernel::kFwdKept16:
-    case NormKernel::kFwdKept32:
+    case NormKernel::kFwdKept:
       return "norm_fwd_kept_kernel";
     case NormKernel::kFwdAny:
       return "norm_fwd_any_kernel";
@@ -131,16 +134,16 @@ inline bool aligned(const void* base, int64_t stride, DType dtype, int64_t colum
                              stride * size_of(dtype) % unit_bytes == 0 && columns % unit == 0);
 }
 
-// Threads a row: a power of two within a warp, so that a shuffle by exclusive or stays inside the row; or
-// whole warps.
-inline uint32_t threads_per_row(int64_t columns, int unit, int columns_per_thread) {
-  const int64_t units = ceil_div(columns, unit);
+// Threads a row: a power of two within a warp, so that a shuffle by exclusive or stays inside the row, of at
+// most `in_a_warp` columns each; or whole warps.
+inline uint32_t threads_per_row(int64_t columns, int in_a_warp, int columns_per_thread) {
   if (columns > kWarp * columns_per_thread) {
     const int64_t warps = ceil_div(columns, kWarp * columns_per_thread);
     return static_cast<uint32_t>(kWarp * (warps < kMaxWarps ? warps : kMaxWarps));
   }
-  uint32_t threads = 1;
-  while (threads < kWarp && threads < units) threads *= 2;
+  // Two, so that what they read side by side is a whole sector of 32 bytes.
+  uint32_t threads = columns > kWideUnit ? 2 : 1;
+  while (threads < kWarp && threads * in_a_warp < columns) threads *= 2;
   return threads;
 }
 
@@ -153,19 +156,21 @@ inline NormPlan plan_norm_fwd(NormFwdParams& p) {
            aligned(p.weight, 0, p.weight_dtype, p.columns, unit) &&
            aligned(p.bias, 0, p.bias_dtype, p.columns, unit);
   };
-  const bool one_type = p.residual == nullptr || p.x_dtype == p.residual_dtype;
+  if (p.weight == nullptr) p.weight_dtype = p.bias == nullptr ? p.x_dtype : p.bias_dtype;
+  const bool few_types = (p.residual == nullptr || p.residual_dtype == p.x_dtype) &&
+                         (p.bias == nullptr || p.bias_dtype == p.weight_dtype) &&
+                         (p.weight_dtype == p.x_dtype || p.weight_dtype == DType::kFloat32);
   const int own_unit = unit_of(p.x_dtype);
+  p.share = 1.0f / static_cast<float>(p.columns);
   NormPlan plan{};
   if (p.columns > kMaxThreads * 32) {
     plan.kernel = NormKernel::kFwdWide;
     p.vector = rows_aligned(kNarrowUnit);
     plan.block_x = kMaxThreads;
-  } else if (one_type && rows_aligned(own_unit)) {
-    // 16 columns a thread suffice for what one warp holds; beyond, 32 halve the reductions' share.
-    const bool narrow = p.columns <= kWarp * 16;
-    plan.kernel = narrow ? NormKernel::kFwdKept16 : NormKernel::kFwdKept32;
+  } else if (few_types && rows_aligned(own_unit)) {
+    plan.kernel = NormKernel::kFwdKept;
     p.vector = 1;
-    plan.block_x = threads_per_row(p.columns, own_unit, narrow ? 16 : 32);
+    plan.block_x = threads_per_row(p.columns, kKeptColumns, kKeptColumns);
   } else {
     plan.kernel = NormKernel::kFwdAny;
     p.vector = rows_aligned(kNarrowUnit);
@@ -195,6 +200,7 @@ inline NormBwdPlan plan_norm_bwd(NormBwdParams& p, int multiprocessors, bool nee
   };
   const bool one_type =
       p.grad_out_dtype == p.s_dtype && (p.grad_sum == nullptr || p.grad_sum_dtype == p.s_dtype);
+  p.share = 1.0f / static_cast<float>(p.columns);
   const int own_unit = unit_of(p.s_dtype);
   NormBwdPlan plan{};
   p.partial_stride = static_cast<int32_t>(ceil_div(p.columns, kWideUnit) * kWideUnit);
@@ -204,7 +210,7 @@ inline NormBwdPlan plan_norm_bwd(NormBwdParams& p, int multiprocessors, bool nee
   if (p.columns <= kMaxThreads * 16 && one_type && rows_aligned(own_unit)) {
     p.vector = 1;
     plan.ds.kernel = NormKernel::kBwdKept;
-    plan.ds.block_x = threads_per_row(p.columns, own_unit, 16);
+    plan.ds.block_x = threads_per_row(p.columns, 16, 16);
     plan.ds.block_y = plan.ds.block_x < 256 ? 256 / plan.ds.block_x : 1;
     // At 128 registers 512 threads fill an SM. One wave, in which every block takes the same number of rows:
     // the shares are few (16 bytes a column and block) and stay in L2 until they are summed.

@@ -69,12 +69,8 @@ __device__ __forceinline__ uint32_t forgotten(uint32_t value) {
 
 // The same of a pointer: what follows from it is computed step by step, and not all of it at once, in
 // registers of its own.
-__device__ __forceinline__ const uint16_t* forgotten(const uint16_t* pointer) {
-  asm("" : "+l"(pointer));
-  return pointer;
-}
-
-__device__ __forceinline__ const char* forgotten(const char* pointer) {
+template <typename T>
+__device__ __forceinline__ const T* forgotten(const T* pointer) {
   asm("" : "+l"(pointer));
   return pointer;
 }
@@ -122,6 +118,12 @@ __device__ __forceinline__ void store_shared(uint32_t shared, float2 values) {
 
 __device__ __forceinline__ void store_shared(uint32_t shared, uint16_t half) {
   asm volatile("st.shared.b16 [%0], %1;" ::"r"(shared), "h"(half) : "memory");
+}
+
+__device__ __forceinline__ uint2 load_shared_pair(uint32_t shared) {
+  uint2 words;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "r"(shared) : "memory");
+  return words;
 }
 
 __device__ __forceinline__ uint4 load_shared(uint32_t shared) {
@@ -200,11 +202,11 @@ __device__ __forceinline__ void multiply_float16(float (&sum)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The nearest number that tensor cores take of a float32, whose last 13 bits are zero.
+// The nearest number that tensor cores take of a float32, whose last 13 bits are zero; of two the one further
+// from zero, and of NaN perhaps another number. (cvt.rna.tf32.f32 is four instructions, because it keeps
+// NaN.)
 __device__ __forceinline__ uint32_t round_to_tf32(float x) {
-  uint32_t word;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(x));
-  return word;
+  return (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
 }
 
 // sum [16, 8] += a [16, 8] b [8, 8], of words as round_to_tf32 gives them. Lane l holds of a rows l / 4 and

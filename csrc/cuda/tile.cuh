@@ -83,6 +83,17 @@ __device__ __forceinline__ void load_unit(const void* row, DType dtype, bool vec
   }
 }
 
+// A unit of 16 bytes as it lies in memory: 4 columns of float32, or 8 of `dtype`.
+__device__ __forceinline__ uint4 packed(const float (&values)[kNarrowUnit], DType) {
+  return make_uint4(__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
+                    __float_as_uint(values[3]));
+}
+
+__device__ __forceinline__ uint4 packed(const float (&values)[kWideUnit], DType dtype) {
+  return make_uint4(pack_halves(values[0], values[1], dtype), pack_halves(values[2], values[3], dtype),
+                    pack_halves(values[4], values[5], dtype), pack_halves(values[6], values[7], dtype));
+}
+
 template <int kUnit>
 __device__ __forceinline__ void store_unit(void* row, DType dtype, bool vector, int unit, int columns,
                                            const float (&values)[kUnit]) {
@@ -110,14 +121,24 @@ __device__ __forceinline__ void store_unit(void* row, DType dtype, bool vector, 
 }
 
 // All of a thread's units of one aligned row, [kUnits, 16 bytes]: every load is issued before the first is
-// used. `wanted` false leaves zeros, as do units beyond the row.
+// used. Units from `units` on are zeros.
 template <int kUnits>
-__device__ __forceinline__ void load_row(const void* row, int units, bool wanted, uint4 (&words)[kUnits]) {
+__device__ __forceinline__ void load_row(const void* row, int units, uint4 (&words)[kUnits]) {
 #pragma unroll
   for (int k = 0; k < kUnits; ++k) {
     const int unit = k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-    words[k] = load_streaming(static_cast<const uint4*>(row) + unit, wanted && unit < units);
+    words[k] = load_streaming(static_cast<const uint4*>(row) + unit, unit < units);
   }
+}
+
+// A unit of a parameter [columns] of this type, aligned to 16 bytes.
+template <DType kType, int kUnit>
+__device__ __forceinline__ void load_parameter(const void* parameter, int unit, float (&values)[kUnit]) {
+  constexpr int kWords = kUnit * (kType == DType::kFloat32 ? 4 : 2) / 16;
+  uint4 words[kWords];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) words[i] = static_cast<const uint4*>(parameter)[unit * kWords + i];
+  unpack(reinterpret_cast<const uint32_t*>(words), kType, values);
 }
 
 __device__ __forceinline__ const void* row_at(const void* base, DType dtype, int64_t element) {
@@ -167,16 +188,22 @@ __device__ __forceinline__ float warp_sum(float value, int threads) {
 template <int kCount>
 __device__ __forceinline__ void row_sum(float (&values)[kCount], float (*shared)[kCount]) {
   const int threads = static_cast<int>(blockDim.x);
+  if (threads < kWarp) {
+#pragma unroll 1
+    for (int lane_bit = threads / 2; lane_bit > 0; lane_bit /= 2) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) values[i] = warp_sum(values[i], threads);
-  if (threads <= kWarp) return;
+      for (int i = 0; i < kCount; ++i) values[i] += __shfl_xor_sync(0xffffffffu, values[i], lane_bit);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = warp_sum(values[i], kWarp);
+  if (threads == kWarp) return;
 
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warps = threads / kWarp;
-  const int first = static_cast<int>(threadIdx.y) * warps;
+  const uint32_t lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp, first = threadIdx.y * warps;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    if (lane == 0) shared[first + static_cast<int>(threadIdx.x) / kWarp][i] = values[i];
+    if (lane == 0) shared[first + threadIdx.x / kWarp][i] = values[i];
   }
   __syncthreads();
 #pragma unroll

@@ -37,7 +37,7 @@ def emulator(serve):
 
 @pytest.fixture
 def attention_emulator(serve):
-    """Of attention's forward, of which the cuda backend asks for 16-bit types."""
+    """Of attention's forward."""
     return serve(AttentionEmulator(), "attention_fwd", "paged_attention_fwd")
 
 

@@ -50,7 +50,7 @@ class Emulator:
             return
         name = plans().kernel_name(plan.kernel).decode()
         if name == "norm_fwd_kept_kernel":
-            name += f"ILNS_5DTypeE{params.x_dtype}ELi{16 if plan.kernel == 0 else 32}E"
+            name += f"ILNS_5DTypeE{params.x_dtype}E"
         elif name == "norm_bwd_kept_kernel":
             name += f"ILNS_5DTypeE{params.s_dtype}E"
         kernel = kernels(self.arch).kernel(name)

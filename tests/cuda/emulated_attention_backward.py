@@ -113,7 +113,7 @@ class AttentionBackwardEmulator(AttentionSumsEmulator):
             self._sum_scores(DELTAS, None, p.call.B, p.call.H, 0)
         workspace = {
             "pivots": plan.rows * 2,
-            "zeros": plan.block_m * plan.block_d // WARPS,
+            "zeros": plan.block_m * plan.block_d // (plan.threads // 32),
             "factors": plan.rows,
             "sums": plan.rows * plan.block_d,
             "sink_shares": p.call.H * p.call.B * p.call.tiles if p.grad_sink else 0,
@@ -126,7 +126,7 @@ class AttentionBackwardEmulator(AttentionSumsEmulator):
         self._set_pointer("ranges", garbage(2 * p.call.B * p.call.H))
 
         given = [struct_argument(p, self.tensors)]
-        zeros = plan.block_m * plan.block_d // WARPS
+        zeros = self.tensors["zeros"].numel()
         self._launch_backward("rows", dtype, plan, plan.query_grid, [*given, plan.block_m, zeros])
         if p.grad_sink:
             sizes = p.call.B, p.call.H, p.call.tiles
@@ -141,7 +141,8 @@ class AttentionBackwardEmulator(AttentionSumsEmulator):
         if grid:
             instance = backward_module(dtype, plan, self.arch).kernel(_instance(name, dtype, plan))
             how = {"shared_bytes": shared_bytes, "checks": self.checks}
-            self.launched.append((instance.name, instance.launch(grid, plan.threads, given, **how)))
+            threads = 32 * WARPS if name == "rows" else plan.threads
+            self.launched.append((instance.name, instance.launch(grid, threads, given, **how)))
 
     def _sum_rows(self, dtype, plan, rows, target, sizes, target_sizes):
         B, H, M = sizes

@@ -19,9 +19,9 @@ WEIGHTS, MATRIX, ROW, DIAGONALS, DELTAS = range(5)
 THREADS, ADDING_THREADS = 128, 256
 
 
-def sums_module(arch):
-    folders = (f"-I{CSRC}", f"-I{CSRC / 'cuda'}")
-    return nvcc.compile_module(HERE / "instances" / "attention_sums.cu", arch, *folders)
+def sums_module(arch, float32):
+    flags = (f"-I{CSRC}", f"-I{CSRC / 'cuda'}", f"-DFLOAT32={float32:d}")
+    return nvcc.compile_module(HERE / "instances" / "attention_sums.cu", arch, *flags)
 
 
 @dataclass
@@ -55,7 +55,7 @@ class AttentionSumsEmulator(AttentionEmulator):
 
     def _sum(self, sums, tensors, target, target_B, target_H):
         """Fills target, or with DELTAS, which has none, what the parameters name."""
-        module = sums_module(self.arch)
+        module = sums_module(self.arch, sums.bwd.call.dtype == DTYPES[torch.float32])
         plan = AttentionSumsPlan()
         plans().plan_score_sums(ctypes.byref(sums), target_B, target_H, ctypes.byref(plan))
         shares = poisoned((plan.shares * sums.share_stride,), torch.float32)

@@ -20,11 +20,12 @@ from tests.ops.judging import assert_same_bits
 from tests.ptxvm import nvcc
 
 from .emulated_attention_backward import A100, ADA, AttentionBwdParams, AttentionBwdPlan
-from .structures import CSRC, plans
+from .structures import CSRC, DTYPES, plans
 
 pytestmark = pytest.mark.usefixtures("gradient_emulator")
 
-BF16, F16 = torch.bfloat16, torch.float16
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+TYPES = BF16, F16, F32
 
 
 def judge_here(inputs, **how):
@@ -46,11 +47,16 @@ def test_full_and_edge_blocks(D, M, N, span):
     judge_here(some_inputs(D, M=M, N=N, **span))
 
 
+@pytest.mark.parametrize("D", (64, *(pytest.param(D, marks=pytest.mark.slow) for D in (33, 128, 250))))
+def test_float32(D):
+    judge_here(some_inputs(D, F32, M=40, N=70, causal="lower_right"))
+
+
 SPANS = ({}, {"causal": "lower_right"}, {"window": (90, 40)}, {"key_lengths": torch.tensor([270])})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("D", (64, 128, 256, 32, 80, 96, 176))
 @pytest.mark.parametrize("span", SPANS, ids=("all", "causal", "window", "lengths"))
 def test_full_and_edge_blocks_of_every_width(span, D, dtype):
@@ -63,7 +69,7 @@ def test_some_cases(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_every_case(name, dtype):
     inputs = call(name, dtype, return_lse=True)
@@ -74,8 +80,9 @@ def test_every_case(name, dtype):
 @pytest.mark.parametrize(
     "name", [name if name == "lower right" else pytest.param(name, marks=pytest.mark.slow) for name in PACKED]
 )
-def test_packed(name):
-    inputs, longest = packed_call(name, BF16)
+@pytest.mark.parametrize("dtype", (BF16, pytest.param(F32, marks=pytest.mark.slow)), ids=str)
+def test_packed(name, dtype):
+    inputs, longest = packed_call(name, dtype)
     judge_here(inputs, fn_only=longest)
 
 
@@ -91,7 +98,16 @@ def test_layouts(layout, D):
     judge_here(attention_inputs(1, 2, 70, 150, D, dtype=BF16, layout=layout, requires_grad=True))
 
 
-@pytest.mark.parametrize("dtype", (F16, pytest.param(BF16, marks=pytest.mark.slow)), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ("unaligned", "transposed"))
+def test_layouts_of_float32(layout):
+    """Rows of D_v are whole units of four, and not of eight."""
+    judge_here(attention_inputs(1, 2, 40, 70, 36, D_v=44, dtype=F32, layout=layout, requires_grad=True))
+
+
+@pytest.mark.parametrize(
+    "dtype", (F16, *(pytest.param(t, marks=pytest.mark.slow) for t in (BF16, F32))), ids=str
+)
 def test_dropout(dtype):
     inputs = attention_inputs(1, 2, 70, 140, 32, dtype=dtype, requires_grad=True)
     fn_only, plain_only = dropout_of(0.3, 1, 2, 70, 140)
@@ -99,17 +115,23 @@ def test_dropout(dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", (BF16, F32), ids=str)
 @pytest.mark.parametrize("more", ({"causal": "lower_right"}, {"dropout_p": 0.4, "seed": 7}), ids=str)
-def test_twice_the_same_bits(more):
+def test_twice_the_same_bits(more, dtype):
     first, second = (
-        outputs_and_gradients(fastformer.attention, **some_inputs(64, **more), backend="cuda")
+        outputs_and_gradients(fastformer.attention, **some_inputs(64, dtype, **more), backend="cuda")
         for _ in range(2)
     )
     assert_same_bits(first, second)
 
 
-@pytest.mark.parametrize("D", (40, pytest.param(128, marks=pytest.mark.slow)))
-def test_hidden_keys_may_hold_anything(D):
+SLOW = ((128, BF16), (40, F32), (128, F32))
+
+
+@pytest.mark.parametrize(
+    "D, dtype", ((40, BF16), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW))
+)
+def test_hidden_keys_may_hold_anything(D, dtype):
     """Past the lengths, between real keys, behind a mask of keys: not a bit of any gradient changes."""
     hide = Draw(BF16).bools(1, 200)
     for more, hidden in (
@@ -117,7 +139,7 @@ def test_hidden_keys_may_hold_anything(D):
         ({"key_padding_mask": hide}, ~hide[0]),
         ({"mask": hide[:, None, None]}, ~hide[0]),
     ):
-        clean = some_inputs(D, M=20, N=200, **more)
+        clean = some_inputs(D, dtype, M=20, N=200, **more)
         dirty = clean | {name: clean[name].detach().clone() for name in ("key", "value")}
         dirty["key"][..., hidden, :] = torch.inf
         dirty["value"][..., hidden, :] = torch.nan
@@ -155,33 +177,57 @@ def test_warps_in_any_order(gradient_emulator, schedule):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("D", (64, 128))
-def test_little_shared_memory(gradient_emulator, D):
-    gradient_emulator.most_shared = ADA
-    judge_here(some_inputs(D, causal="lower_right"))
+@pytest.mark.parametrize("D", (64, 128, 200))
+def test_warps_in_any_order_of_float32(gradient_emulator, D):
+    gradient_emulator.checks = ptxvm.Checks(schedule_seed=D)
+    judge_here(some_inputs(D, F32, M=100, N=150, causal="lower_right"))
+
+
+def test_traffic_of_float32(gradient_emulator):
+    """As test_traffic; two lanes of sixteen meet in a bank where weights and their gradients are stored."""
+    inputs = attention_inputs(1, 1, 64, 64, 64, dtype=F32, requires_grad=True)
+    fastformer.attention(**inputs, backend="cuda").sum().backward()
+    (counters,) = launched(gradient_emulator, "keys")
+    rows, stores = 64 * 64 * 4, 2 * 64 * 64 * 4 // 128
+    assert counters.bank_conflicts == stores
+    assert 5 * rows <= counters.global_load_bytes <= 1.1 * 5 * rows, "with zeros, and pivots beside them"
+    assert 3 * rows <= counters.global_store_bytes <= 1.01 * 3 * rows
+    assert counters.store_efficiency > 0.95
+    (counters,) = launched(gradient_emulator, "queries")
+    assert rows == counters.global_store_bytes == 32 * counters.global_store_sectors
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", (BF16, F32), ids=str)
+@pytest.mark.parametrize("D", (64, 128))
+def test_little_shared_memory(gradient_emulator, D, dtype):
+    gradient_emulator.most_shared = ADA
+    judge_here(some_inputs(D, dtype, causal="lower_right"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", (BF16, F32), ids=str)
 @pytest.mark.parametrize("arch", ("90", "100", "120"))
-def test_other_targets(gradient_emulator, arch):
+def test_other_targets(gradient_emulator, arch, dtype):
     gradient_emulator.arch = arch
     if arch == "120":
         gradient_emulator.most_shared = ADA
-    judge_here(some_inputs(128, causal="lower_right"))
-    judge_here(call("everything", BF16))
+    judge_here(some_inputs(128, dtype, causal="lower_right"))
+    judge_here(call("everything", dtype))
 
 
 @hypothesis.given(
     lengths=st.lists(st.integers(0, 300), min_size=1, max_size=6),
     D=st.sampled_from((64, 128, 256)),
     most=st.sampled_from((A100, ADA)),
+    dtype=st.sampled_from(list(DTYPES.values())),
 )
-def test_packed_tiles_have_slots_of_their_own(ptx_cache, lengths, D, most):
+def test_packed_tiles_have_slots_of_their_own(ptx_cache, lengths, D, most, dtype):
     """As slot_of_tile counts them: none is shared, and the plan's number is enough."""
     p, plan = AttentionBwdParams(), AttentionBwdPlan()
     p.call.B, p.call.H, p.call.group, p.call.D, p.call.D_v = len(lengths), 1, 1, D, D
     p.call.M = p.call.N = max(lengths)
-    p.call.starts_q = 1
+    p.call.starts_q, p.call.dtype = 1, dtype
     total = sum(lengths)
     sizes = ctypes.c_int64(total), ctypes.c_int64(most)
     plans().plan_attention_backward(ctypes.byref(p), *sizes, ctypes.byref(plan))
@@ -201,7 +247,7 @@ def test_packed_tiles_have_slots_of_their_own(ptx_cache, lengths, D, most):
 
 @pytest.mark.slow
 def test_every_instantiation_runs(gradient_emulator):
-    for D, dtype in itertools.product((63, 64, 127, 128, 200), (BF16, F16)):
+    for D, dtype in itertools.product((63, 64, 127, 128, 200), TYPES):
         judge_here(some_inputs(D, dtype, M=70, N=170, window=(100, 90)) | {"sink": Draw(dtype).floats(2)})
     folders = f"-I{CSRC}", f"-I{CSRC / 'cuda'}"
     text = nvcc.compile_text(CSRC / "cuda" / "launch_attention_bwd.cu", "80", *folders)
@@ -211,7 +257,7 @@ def test_every_instantiation_runs(gradient_emulator):
 
 @pytest.mark.slow
 def test_any_call():
-    @hypothesis.given(st.data(), sets_of_features(), st.sampled_from((BF16, F16)))
+    @hypothesis.given(st.data(), sets_of_features(), st.sampled_from(TYPES))
     @hypothesis.settings(max_examples=60, phases=(hypothesis.Phase.generate,))
     def checked(data, features, dtype):
         inputs, fn_only, plain_only = data.draw(calls(features)).inputs(dtype)

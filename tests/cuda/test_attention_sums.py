@@ -33,7 +33,8 @@ from .structures import CSRC, plans
 
 pytestmark = pytest.mark.usefixtures("gradient_emulator")
 
-BF16, F16 = torch.bfloat16, torch.float16
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+TYPES = BF16, F16, F32
 B, H, M, N = 2, 2, 66, 90
 BROADCASTS = {
     "".join(name for name, one in zip("BHMN", pattern, strict=True) if one) or "none": pattern
@@ -56,7 +57,9 @@ def slow_unless(fast, names):
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("dtype", (BF16, pytest.param(F16, marks=pytest.mark.slow)), ids=str)
+@pytest.mark.parametrize(
+    "dtype", (BF16, *(pytest.param(t, marks=pytest.mark.slow) for t in (F16, F32))), ids=str
+)
 @pytest.mark.parametrize("broadcast", slow_unless(FAST, BROADCASTS))
 def test_bias_of_every_broadcast_shape(broadcast, dtype):
     """A sink of much weight keeps what is constant over the keys from cancelling out of every result."""
@@ -109,10 +112,11 @@ def test_relative_bias(shape):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", (F16, F32), ids=str)
 @pytest.mark.parametrize("more", MORE)
-def test_relative_bias_beside_other_arguments(more):
-    d = Draw(F16)
-    judge_here(some_inputs(F16) | {"relative_bias": d.floats(H, M + N - 1)} | MORE[more](d))
+def test_relative_bias_beside_other_arguments(more, dtype):
+    d = Draw(dtype)
+    judge_here(some_inputs(dtype) | {"relative_bias": d.floats(H, M + N - 1)} | MORE[more](d))
 
 
 ONE_KEY = {
@@ -151,7 +155,7 @@ def test_dropout(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("D, D_v", ((1, 1), (64, 64), (65, 20), (128, 128), (100, 200), (256, 256)))
 def test_every_width(D, D_v, dtype):
     d = Draw(dtype)
@@ -160,11 +164,12 @@ def test_every_width(D, D_v, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", (BF16, F32), ids=str)
 @pytest.mark.parametrize("layout", ("unaligned", "transposed", "sliced", "broadcast"))
-def test_layouts(layout):
-    d = Draw(BF16)
+def test_layouts(layout, dtype):
+    d = Draw(dtype)
     more = {"bias": d.floats(H, M, N), "relative_bias": d.floats(1, M + N - 1), "sink": d.floats(H)}
-    judge_here(some_inputs(D=72, layout=layout) | more)
+    judge_here(some_inputs(dtype, D=72, layout=layout) | more)
 
 
 @pytest.mark.slow
@@ -197,22 +202,24 @@ def test_twice_the_same_bits(gradient_emulator):
     assert_same_bits(first, second)
 
 
-def test_sums_read_no_bank_twice_in_a_loop(gradient_emulator):
-    """Nor when they write: of whole tiles there is nothing to wait for. D takes two chunks."""
-    bias = Draw(BF16).floats(1, 1, 64, 64)
-    inputs = attention_inputs(B=1, H=2, M=64, D=128, dtype=BF16, requires_grad=True)
+@pytest.mark.parametrize("dtype", (BF16, pytest.param(F32, marks=pytest.mark.slow)), ids=str)
+def test_sums_read_no_bank_twice_in_a_loop(gradient_emulator, dtype):
+    """Nor when they write: of whole tiles there is nothing to wait for. D takes chunks."""
+    bias = Draw(dtype).floats(1, 1, 64, 64)
+    inputs = attention_inputs(B=1, H=2, M=64, D=128, dtype=dtype, requires_grad=True)
     outputs_and_gradients(fastformer.attention, **inputs, bias=bias, backend="cuda")
     (counters,) = (counters for name, counters in gradient_emulator.launched if "attention_sums" in name)
     assert counters.bank_conflicts == 0
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", (BF16, F32), ids=str)
 @pytest.mark.parametrize("arch", ("90", "100", "120"))
-def test_other_targets(gradient_emulator, arch):
+def test_other_targets(gradient_emulator, arch, dtype):
     gradient_emulator.arch = arch
-    d = Draw(BF16)
+    d = Draw(dtype)
     more = {"bias": d.floats(1, H, M, N), "relative_bias": d.floats(H, M + N - 1)}
-    judge_here(some_inputs(D=80) | more)
+    judge_here(some_inputs(dtype, D=80) | more)
 
 
 @hypothesis.given(
@@ -249,7 +256,8 @@ def test_every_tile_is_a_step_of_one_block(ptx_cache, shape, whole, kind):
 
 @pytest.mark.slow
 def test_every_kernel_runs(gradient_emulator):
-    judge_here(some_inputs() | {"bias": Draw(BF16).floats(1, 1, M, N)})
+    for dtype in (BF16, F32):
+        judge_here(some_inputs(dtype) | {"bias": Draw(dtype).floats(1, 1, M, N)})
     folders = f"-I{CSRC}", f"-I{CSRC / 'cuda'}"
     text = nvcc.compile_text(CSRC / "cuda" / "launch_attention_sums.cu", "80", *folders)
     ran = {name for name, _ in gradient_emulator.launched if "attention_sums" in name or "shares" in name}
@@ -265,7 +273,7 @@ def test_any_call():
         )
     )
 
-    @hypothesis.given(st.data(), with_bias.filter(together), st.sampled_from((BF16, F16)))
+    @hypothesis.given(st.data(), with_bias.filter(together), st.sampled_from(TYPES))
     @hypothesis.settings(max_examples=60, phases=(hypothesis.Phase.generate,))
     def checked(data, features, dtype):
         inputs, fn_only, plain_only = data.draw(calls(features)).inputs(dtype)

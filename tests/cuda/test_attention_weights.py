@@ -15,7 +15,7 @@ from .test_attention_sums import MORE, B, H, M, N, slow_unless, some_inputs
 
 pytestmark = pytest.mark.usefixtures("gradient_emulator")
 
-BF16, F16 = torch.bfloat16, torch.float16
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 per_head_and_mean = pytest.mark.parametrize("which", ("per_head", "mean"))
 
@@ -58,7 +58,7 @@ def test_with_gradients_of_biases_and_of_a_sink(which):
 
 @pytest.mark.slow
 @per_head_and_mean
-@pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
+@pytest.mark.parametrize("dtype", (BF16, F16, F32), ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_every_case(name, dtype, which):
     inputs = call(name, dtype)
@@ -87,6 +87,12 @@ def test_every_width(D, D_v, which):
     judge_here(some_inputs(F16, D, D_v=D_v), which)
 
 
+@pytest.mark.slow
+@per_head_and_mean
+def test_float32(which):
+    judge_here(some_inputs(F32, M=40, N=70), which)
+
+
 def test_nothing_but_weights_has_a_gradient():
     inputs = some_inputs(M=40, N=70) | {"return_weights": True}
     zero, grads = torch.zeros(()), torch.randn(B, H, 40, 70, generator=torch.Generator().manual_seed(2))
@@ -105,6 +111,18 @@ def test_a_row_of_nan_is_one_row():
     )
     assert weights[0, :, :5, :5].isnan().all() and not weights[1].isnan().any()
     assert not weights[0, :, 5:].any()
+
+
+def test_a_row_of_nan_has_no_weight_of_a_key_that_it_sees():
+    """Weights of keys that it does not see are NaN beside them, and 0 in tiles that no row sees."""
+    seen = {"window": (10, 10), "return_weights": True}
+    query, key, value = (t.detach() for t in attention_inputs(1, 1, 140, 140, 16, dtype=BF16).values())
+    query[0, 0, 5] = torch.nan
+    out, weights = fastformer.attention(query, key, value, **seen, backend="cuda")
+    row = weights[0, 0, 5]
+    assert row[:16].isnan().all() and not row[128:].any() and out[0, 0, 5].isnan().all()
+    others = torch.arange(140) != 5
+    assert weights[0, 0, others].isfinite().all() and out[0, 0, others].isfinite().all()
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ from .emulated_feed_forward import (
     GemmParams,
     GemmPlan,
 )
-from .structures import CSRC, plans
+from .structures import CSRC, DTYPES, plans
 
 SPEC = NormSpec("layer", 1e-5)
 BUILD = {"nvcc": "13.0.88", "archs": ["8.0", "9.0", "10.0", "12.0+PTX"]}
@@ -163,7 +163,7 @@ def attention_tensors(M=40, N=40, D=64, D_v=64, **more):
         ({"D": 1, "D_v": 256}, {}, None),
         ({"M": 1, "N": 100_000}, {}, None),
         ({"dtype": torch.float16}, {"left": 3, "softcap": 2.0, "dropout_p": 0.1}, None),
-        ({"dtype": torch.float32}, {}, "bfloat16 and float16, not float32"),
+        ({"dtype": torch.float32}, {}, None),
         ({"D": 257}, {}, "head dims of 1 to 256, and query's is 257"),
         ({"D_v": 0}, {}, "head dims of 1 to 256, and value's is 0"),
         ({"M": 2**28, "N": 2**28}, {}, "536870912 queries and keys of a head"),
@@ -183,8 +183,8 @@ def test_what_attention_refuses(machine, given, spec, reason):
         ({"M": 1, "N": 4096}, {}, (8, 0), None),
         ({"D": 256}, {}, (8, 0), None),
         ({"D": 128}, {}, (8, 9), None),
-        ({"D_v": 136}, {}, (8, 9), "head dims over 128 take 145 KB of shared memory"),
-        ({"dtype": torch.float32}, {}, (8, 0), "bfloat16 and float16, not float32"),
+        ({"D_v": 136}, {}, (8, 9), "head dims over 128 take up to 145 KB of shared memory"),
+        ({"dtype": torch.float32}, {"return_weights": "mean"}, (8, 9), None),
     ],
 )
 def test_what_gradients_of_attention_refuse(machine, given, spec, capability, reason):
@@ -232,6 +232,7 @@ def test_feed_forward_goes_to_the_faster_kernel(machine, capability, rows, first
 
 @pytest.mark.parametrize("capability, first", [((8, 0), "cuda"), ((12, 0), "cuda"), ((9, 0), "triton")])
 def test_attention_goes_to_the_faster_kernel(machine, capability, first):
+    """Float32 comes here wherever it is served."""
     machine.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     machine.setattr(triton, "why_not", lambda op, spec, tensors: None)
     spec, tensors = AttentionSpec(0.1), attention_tensors()
@@ -239,6 +240,9 @@ def test_attention_goes_to_the_faster_kernel(machine, capability, first):
     assert dispatch.choose("attention_fwd", spec, tensors, "cuda") is cuda
     assert dispatch.choose("attention_bwd", spec, tensors, "auto") is dispatch.BACKENDS[first]
     assert not cuda.gives_way("paged_attention_fwd", tensors)
+    wide = attention_tensors(dtype=torch.float32)
+    assert dispatch.choose("attention_fwd", spec, wide, "auto") is cuda
+    assert dispatch.choose("attention_bwd", spec, wide, "auto") is cuda
     machine.setattr(triton, "why_not", lambda op, spec, tensors: "it is not installed")
     assert dispatch.choose("attention_fwd", spec, tensors, "auto") is cuda
 
@@ -262,24 +266,27 @@ def test_giving_way_is_explained(machine):
     group=st.sampled_from((1, 2, 3, 6)),
     major=st.sampled_from((8, 9, 10, 12)),
     multiprocessors=st.integers(1, 150),
+    dtype=st.sampled_from(list(DTYPES.values())),
 )
 @hypothesis.settings(max_examples=200)
-def test_attention_plans_cover_every_query(ptx_cache, D, D_v, M, N, group, major, multiprocessors):
+def test_attention_plans_cover_every_query(ptx_cache, D, D_v, M, N, group, major, multiprocessors, dtype):
     rows = HeadRows(4096, 0, 0, 256)
     sizes = {"B": 2, "H": 6, "group": group, "M": M, "N": N, "D": D, "D_v": D_v, "rows": 12 * M}
+    sizes["dtype"] = dtype
     open_sides = {"left": M + N, "right": M + N}
     p = AttentionFwdParams(query=rows, key=rows, value=rows, out=rows, scale=0.1, **sizes, **open_sides)
     plan, tile = AttentionPlan(), AttentionTile()
     plans().plan_attention(ctypes.byref(p), major, multiprocessors, -1, ctypes.byref(plan))
-    shared = plans().attention_tile(plan.block_d, plan.kind, ctypes.byref(tile))
+    shared = plans().attention_tile(plan.block_d, plan.kind, dtype, ctypes.byref(tile))
     assert plan.block_d >= max(D, D_v) and plan.shared_bytes == shared <= 96 << 10
     block_m = 16 * tile.row_tiles * tile.warps
     assert (plan.kind == FEW) is (M <= 64) and p.share == (group if plan.kind == FEW else 1)
     assert p.tiles * block_m >= M * p.share > (p.tiles - 1) * block_m
     assert plan.grid == 12 // p.share * p.tiles * p.splits
     assert plan.threads == 32 * tile.warps
-    assert plans().attention_is_chosen(plan.block_d, plan.kind, major)
-    assert (plan.kind == GENERAL) is (plan.kind != FEW and (D % 8 != 0 or D_v % 8 != 0))
+    assert plans().attention_is_chosen(plan.block_d, plan.kind, dtype, major)
+    unaligned = D % 8 != 0 or D_v % 8 != 0
+    assert (plan.kind == GENERAL) is (plan.kind != FEW and (unaligned or dtype == DTYPES[torch.float32]))
     if plan.kind == WHOLE:
         assert D == D_v == plan.block_d
     assert 1 <= p.splits <= max(1, -(-N // tile.block_n))

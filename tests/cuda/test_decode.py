@@ -22,7 +22,7 @@ from tests.ops.paged_cases import LAYOUTS, paged_call, paged_inputs, real_places
 
 pytestmark = pytest.mark.usefixtures("attention_emulator")
 
-BF16, F16 = torch.bfloat16, torch.float16
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 FEW_NAME = "AttentionKindE3E"
 
 
@@ -56,6 +56,14 @@ def test_groups_and_splits(attention_emulator, M, N, group, splits):
     judge_here(attention_emulator, few_inputs(M, N, group))
 
 
+@pytest.mark.parametrize(
+    "D, splits", ((64, 2), *(pytest.param(D, 3, marks=pytest.mark.slow) for D in (32, 120, 128, 250)))
+)
+def test_float32(attention_emulator, D, splits):
+    attention_emulator.splits = splits
+    judge_here(attention_emulator, few_inputs(9, 200, 8, D, dtype=F32))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("splits", (1, 2, 7, 20))
 @pytest.mark.parametrize("group", (1, 4, 8, 70))
@@ -67,7 +75,7 @@ def test_many_groups_and_splits(attention_emulator, group, splits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
+@pytest.mark.parametrize("dtype", (BF16, F16, F32), ids=str)
 @pytest.mark.parametrize("D, D_v", [(64, 64), (128, 128), (256, 256), (20, 200), (192, 128), (33, 7)])
 def test_widths(attention_emulator, D, D_v, dtype):
     for splits in (1, 3):
@@ -96,10 +104,17 @@ def test_spans(attention_emulator, name):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "everything" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    "name, dtype",
+    [
+        (name, dtype)
+        if (name, dtype) == ("everything", BF16)
+        else pytest.param(name, dtype, marks=pytest.mark.slow)
+        for name in CASES
+        for dtype in (BF16, F32)
+    ],
 )
-def test_cases(attention_emulator, name):
-    inputs = call(name, BF16, requires_grad=False, return_lse=True)
+def test_cases(attention_emulator, name, dtype):
+    inputs = call(name, dtype, requires_grad=False, return_lse=True)
     M = inputs["query"].shape[2]
     if kernels_serve(inputs) and inputs["query"].numel() > 0 and M <= 64:
         attention_emulator.splits = 2
@@ -133,10 +148,11 @@ def test_dropout(attention_emulator, splits):
     judge_here(attention_emulator, inputs, fn_only=fn_only, plain_only=plain_only)
 
 
+@pytest.mark.parametrize("dtype", (BF16, pytest.param(F32, marks=pytest.mark.slow)), ids=str)
 @pytest.mark.parametrize("layout", ("unaligned", pytest.param("transposed", marks=pytest.mark.slow)))
-def test_layouts(attention_emulator, layout):
+def test_layouts(attention_emulator, layout, dtype):
     attention_emulator.splits = 2
-    inputs = attention_inputs(B=2, H=4, H_kv=2, M=3, N=150, D=20, dtype=BF16, layout=layout)
+    inputs = attention_inputs(B=2, H=4, H_kv=2, M=3, N=150, D=20, dtype=dtype, layout=layout)
     judge_here(attention_emulator, inputs)
 
 
@@ -208,19 +224,20 @@ def test_no_schedule_changes_a_bit(attention_emulator, schedule):
     assert_same_bits(dict(enumerate(first)), dict(enumerate(second)))
 
 
-@pytest.mark.parametrize("splits", (1, 3))
-def test_traffic(attention_emulator, splits):
+@pytest.mark.parametrize("splits, dtype", ((1, BF16), (3, BF16), (3, F32)))
+def test_traffic(attention_emulator, splits, dtype):
     """K and V come once for all heads of a group, partial sums go and come once, all in whole sectors."""
     attention_emulator.splits = splits
     H, N, D = 8, 500, 64
-    inputs = attention_inputs(B=1, H=H, H_kv=1, M=1, N=N, D=D, dtype=BF16)
+    size = dtype.itemsize
+    inputs = attention_inputs(B=1, H=H, H_kv=1, M=1, N=N, D=D, dtype=dtype)
     fastformer.attention(**inputs, backend="cuda")
     (_, counters), *joining = attention_emulator.launched
-    read = 2 * (splits * H * D + 2 * N * D)
+    read = size * (splits * H * D + 2 * N * D)
     assert read == counters.global_load_bytes == 32 * counters.global_load_sectors
     assert counters.bank_conflicts == 0
     if splits == 1:
-        assert counters.global_store_bytes == H * (2 * D + 3 * 4)
+        assert counters.global_store_bytes == H * (size * D + 3 * 4)
         return
     sums = H * splits * D * 4
     assert counters.global_store_bytes == sums + H * splits * 8
@@ -229,8 +246,8 @@ def test_traffic(attention_emulator, splits):
     ((_, joined),) = joining
     assert sums < joined.global_load_bytes
     assert 32 * joined.global_load_sectors <= sums + 3 * 32 * H * 2
-    assert joined.global_store_bytes == H * (2 * D + 3 * 4)
-    assert 32 * joined.global_store_sectors == H * (2 * D + 3 * 32)
+    assert joined.global_store_bytes == H * (size * D + 3 * 4)
+    assert 32 * joined.global_store_sectors == H * (size * D + 3 * 32)
 
 
 SOME_PAGES = ("everything", "fewer keys than queries")
@@ -243,8 +260,20 @@ SOME_PAGES = ("everything", "fewer keys than queries")
 )
 def test_pages(attention_emulator, name, splits):
     """Each batch element has its own length and corner, and splits without a key."""
+    judge_pages(attention_emulator, name, splits, BF16)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "everything" else pytest.param(name, marks=pytest.mark.slow) for name in PAGED_CASES],
+)
+def test_pages_of_float32(attention_emulator, name):
+    judge_pages(attention_emulator, name, 2, F32)
+
+
+def judge_pages(attention_emulator, name, splits, dtype):
     attention_emulator.splits = splits
-    inputs = paged_call(name, BF16)
+    inputs = paged_call(name, dtype)
     judge(fastformer.paged_attention, plain.paged_attention, inputs, backend="cuda")
     assert FEW_NAME in attention_emulator.launched[0][0]
 
@@ -273,16 +302,17 @@ def test_unread_places_of_pages_may_hold_anything(attention_emulator):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", (BF16, F32), ids=str)
 @pytest.mark.parametrize("arch", ("90", "100", "120"))
-def test_other_targets(attention_emulator, arch):
+def test_other_targets(attention_emulator, arch, dtype):
     attention_emulator.arch, attention_emulator.splits = arch, 2
-    judge_here(attention_emulator, call("everything", BF16, requires_grad=False, return_lse=True))
+    judge_here(attention_emulator, call("everything", dtype, requires_grad=False, return_lse=True))
 
 
 @pytest.mark.slow
 def test_any_call(attention_emulator):
     @hypothesis.given(
-        st.data(), sets_of_features(), st.sampled_from((BF16, F16)), st.sampled_from((None, 1, 2, 5))
+        st.data(), sets_of_features(), st.sampled_from((BF16, F16, F32)), st.sampled_from((None, 1, 2, 5))
     )
     @hypothesis.settings(max_examples=100, phases=(hypothesis.Phase.generate,))
     def checked(data, features, dtype, splits):

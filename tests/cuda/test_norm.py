@@ -164,6 +164,14 @@ def test_sum_has_the_contract_s_bits(emulator, dtype, residual_dtype, p):
     assert s.equal(expected.to(torch.promote_types(dtype, residual_dtype)))
 
 
+def test_what_is_normalised_is_the_sum_as_it_is_written(emulator):
+    """To the bit, where before it was rounded it would give other ones."""
+    inputs = norm_inputs(4, 64, dtype=BF16)
+    out, s = fastformer.add_norm(**inputs, backend="cuda")
+    again = fastformer.layer_norm(s, (64,), inputs["weight"], inputs["bias"], backend="cuda")
+    assert again.equal(out)
+
+
 def test_statistics(emulator):
     """mean and rstd as the operators return them, in float32 whatever the dtype."""
     x = norm_inputs(3, 4, 96, dtype=BF16)["x"]

@@ -26,7 +26,7 @@ def run(inputs, **more):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [256, 768, 1024])
+@pytest.mark.parametrize("width", [32, 256, 768, 1024])
 def test_each_array_moves_once(emulator, width, dtype):
     """Aligned rows without parameters, which L1 would serve: 5 % over the arrays are for mean and rstd."""
     rows, size = 32, dtype.itemsize

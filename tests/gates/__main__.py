@@ -30,6 +30,8 @@ def _row(reading: Reading) -> str:
     )
     row += f" {reading.shared:6}"
     loop = reading.loop
+    if reading.bytes_per_slot is not None:
+        return f"{row} {'':6} {'':6} {'':5} {reading.bytes_per_slot:6.1f}"
     if loop is None:
         return row
     if loop.tensor:

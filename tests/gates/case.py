@@ -23,3 +23,5 @@ class Compiled(NamedTuple):
     tile: str
     cubin: bytes
     dynamic_shared: int  # bytes a block, beside those that the cubin tells of
+    function: str = ""  # of the cubin's kernels, where it has several; no hot loop is read then
+    bytes_per_slot: float | None = None  # of DRAM, to all that a block issues

@@ -19,6 +19,7 @@ from .case import Case, Compiled
 CACHE = Path(__file__).parents[2] / "build" / "gates"
 _SOURCES = Path(__file__).parents[1] / "cuda" / "instances"
 DTYPES = {"bfloat16": 1, "float16": 2}
+FLOAT32 = {"float32": 0}
 _KINDS = ("whole", "padded", "general", "few")
 _WIDTHS = (32, 64, 96, 128, 192, 256)
 _BACKWARD_WIDTHS = (64, 128, 256)
@@ -32,12 +33,12 @@ def _keep_what_is_compiled() -> None:
         nvcc.cache_folder = CACHE
 
 
-def _plans() -> ctypes.CDLL:
+def compiled_plans() -> ctypes.CDLL:
     _keep_what_is_compiled()
     return plans()
 
 
-def cubin_of(source: str, target: str, **defined: int | str) -> bytes:
+def cubin_of(source: str | Path, target: str, **defined: int | str) -> bytes:
     _keep_what_is_compiled()
     arch = _BUILT.get(target, target.removeprefix("sm_"))
     flags = (f"-D{name}={value}" for name, value in defined.items())
@@ -51,23 +52,25 @@ def _named(width: int, tile: ctypes.Structure) -> str:
 
 def _compile(width: int, dtype: str, kind: str, target: str) -> Compiled:
     number = _KINDS.index(kind)
-    cubin = cubin_of("attention_fwd.cu", target, TYPE=DTYPES[dtype], WIDTH=width, KIND=number)
+    type_number = (DTYPES | FLOAT32)[dtype]
+    cubin = cubin_of("attention_fwd.cu", target, TYPE=type_number, WIDTH=width, KIND=number)
     tile = AttentionTile()
-    shared = _plans().attention_tile(width, number, ctypes.byref(tile))
+    shared = compiled_plans().attention_tile(width, number, type_number, ctypes.byref(tile))
     return Compiled("attention_fwd", _named(width, tile), cubin, shared)
 
 
 def _compile_combine(target: str) -> Compiled:
-    threads = _plans().attention_combine_threads()
+    threads = compiled_plans().attention_combine_threads()
     return Compiled("attention_combine", f"threads={threads}", cubin_of("attention_combine.cu", target), 0)
 
 
 def _compile_backward(width: int, dtype: str, plain: bool, target: str) -> Compiled:
     """The pass over keys; beside it the others are nothing."""
-    defined = {"TYPE": DTYPES[dtype], "WIDTH": width, "PLAIN": int(plain)}
+    type_number = (DTYPES | FLOAT32)[dtype]
+    defined = {"TYPE": type_number, "WIDTH": width, "PLAIN": int(plain)}
     cubin = cubin_of("attention_bwd.cu", target, **defined, KEYS_ALONE=1)
     tile = BackwardTile()
-    shared = _plans().attention_backward_tile(width, plain, ctypes.byref(tile))
+    shared = compiled_plans().attention_backward_tile(width, plain, type_number, ctypes.byref(tile))
     return Compiled("attention_bwd_keys", _named(width, tile), cubin, shared)
 
 
@@ -81,9 +84,9 @@ def cuda_attention_cases(op: str, target: str) -> Iterator[Case]:
         return
     major = int(target.removeprefix("sm_")) // 10
     for width in _WIDTHS:
-        for dtype in DTYPES:
+        for dtype, type_number in (DTYPES | FLOAT32).items():
             for number, kind in enumerate(_KINDS):
-                if not _plans().attention_is_chosen(width, number, major):
+                if not compiled_plans().attention_is_chosen(width, number, type_number, major):
                     continue
                 gated = dtype == "bfloat16" and kind == "whole"
                 call = partial(_compile, width, dtype, kind)
@@ -98,9 +101,9 @@ def cuda_attention_backward_cases(op: str, target: str) -> Iterator[Case]:
         return
     most = ctypes.c_int64(SHARED_LIMIT[target])
     for width in _BACKWARD_WIDTHS:
-        for dtype in DTYPES:
+        for dtype, type_number in (DTYPES | FLOAT32).items():
             for plain in (True, False):
-                if plain and not _plans().attention_backward_is_plain(width, most):
+                if plain and not compiled_plans().attention_backward_is_plain(width, type_number, most):
                     continue
                 if width > 128 and most.value < 100 * 1024:
                     continue

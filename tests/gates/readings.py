@@ -19,6 +19,7 @@ from .attention_cases import attention_cases
 from .case import Case
 from .cuda_cases import CACHE, cuda_attention_backward_cases, cuda_attention_cases
 from .cuda_feed_forward_cases import cuda_feed_forward_cases
+from .cuda_norm_cases import cuda_norm_cases
 from .cuda_sums_cases import cuda_attention_sums_cases
 from .feed_forward_cases import feed_forward_cases
 from .hot_loop import HotLoop
@@ -28,6 +29,8 @@ from .norm_cases import norm_cases
 CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "norm_fwd": partial(norm_cases, "norm_fwd"),
     "norm_bwd": partial(norm_cases, "norm_bwd"),
+    "norm_fwd_cuda": partial(cuda_norm_cases, "norm_fwd_cuda"),
+    "norm_bwd_cuda": partial(cuda_norm_cases, "norm_bwd_cuda"),
     "attention_fwd": partial(attention_cases, "attention_fwd"),
     "attention_fwd_cuda": partial(cuda_attention_cases, "attention_fwd_cuda"),
     "attention_weights": partial(attention_cases, "attention_weights"),
@@ -56,6 +59,7 @@ class Reading:
     shared: int  # bytes a program
     loop: HotLoop | None  # None but on NVIDIA's chips
     tensor_cores: bool = False  # as the case says
+    bytes_per_slot: float | None = None  # of DRAM, to an issue slot of the whole kernel
 
 
 def _model_version() -> bytes:
@@ -106,11 +110,12 @@ def read(case: Case, target: str) -> list[Reading]:
 
 
 def _read_compiled(case: Case, target: str) -> Reading:
-    kernel, tile, cubin, dynamic_shared = case.call(target)
-    registers, spilled, shared = cubin_resources(cubin)
-    place = target, case.op, case.name, case.dim, case.gated, kernel, tile
-    found = registers, spilled, shared + dynamic_shared
-    return Reading(*place, *found, _hot_loop(cubin), case.tensor_cores)
+    compiled = case.call(target)
+    registers, spilled, shared = cubin_resources(compiled.cubin, compiled.function)
+    place = target, case.op, case.name, case.dim, case.gated, compiled.kernel, compiled.tile
+    found = registers, spilled, shared + compiled.dynamic_shared
+    loop = _hot_loop(compiled.cubin) if not compiled.function else None
+    return Reading(*place, *found, loop, case.tensor_cores, compiled.bytes_per_slot)
 
 
 def read_place(place: tuple[str, str, int]) -> list[Reading]:

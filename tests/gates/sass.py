@@ -68,13 +68,21 @@ class Instruction(NamedTuple):
 
 
 def disassemble(cubin: bytes) -> str:
-    """What cuobjdump prints of a cubin's one kernel, with the encoding of every instruction."""
+    """What cuobjdump prints of a cubin's kernels, with the encoding of every instruction."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         # Its standard error warns of formats of Blackwell's cubins that make no difference here.
         command = [CUOBJDUMP, "-sass", file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def parse_all(text: str) -> dict[str, tuple[int, list[Instruction]]]:
+    """{function: what `parse` finds}."""
+    head, *functions = text.split("Function : ")
+    architecture = re.search(r"code for sm_\d+", head)
+    assert architecture is not None, "not what cuobjdump -sass prints"
+    return {function.split()[0]: parse(f"{architecture[0]}\n{function}") for function in functions}
 
 
 def parse(text: str) -> tuple[int, list[Instruction]]:

@@ -29,6 +29,10 @@ SOME = [
     ("norm_fwd", "sm_120", "C=16384 align=1 float32 dropout"),
     ("norm_fwd", "gfx942", "C=64 align=8 bfloat16 dropout"),
     ("norm_bwd", "gfx950", "C=16384 align=8 float16 rms"),
+    ("norm_fwd_cuda", "sm_80", "C=1024 bfloat16"),
+    ("norm_fwd_cuda", "sm_120", "C=8192 mixed dropout"),
+    ("norm_bwd_cuda", "sm_80", "C=1024 bfloat16"),
+    ("norm_bwd_cuda", "sm_120", "C=768 float32"),
     ("attention_fwd", "sm_90", "D=64 D_v=64 bfloat16 plain"),
     ("attention_fwd", "sm_80", "D=64 D_v=64 bfloat16 window"),
     ("attention_fwd", "sm_90", "D=128 D_v=128 bfloat16 everything, one query"),
@@ -98,9 +102,9 @@ LOOP = HotLoop(
 )  # fmt: skip
 
 
-def reading(op="attention_fwd", target="sm_90", dim=128, kernel="attention_fwd", **more):
+def reading(op="attention_fwd", target="sm_90", dim=128, kernel="attention_fwd", case="case", **more):
     given = {"gated": True, "registers": 255, "spilled": 0, "shared": 0, "loop": LOOP, "tensor_cores": True}
-    return Reading(target, op, "case", dim, kernel=kernel, tile="tile", **{**given, **more})
+    return Reading(target, op, case, dim, kernel=kernel, tile="tile", **{**given, **more})
 
 
 @pytest.mark.parametrize(
@@ -117,6 +121,11 @@ def reading(op="attention_fwd", target="sm_90", dim=128, kernel="attention_fwd",
         # Only the spill gate binds a call that is not the plain one.
         ({"gated": False, "loop": HotLoop(**{**vars(LOOP), "nt": 9.0, "w1": 0.1})}, None),
         ({"gated": False, "spilled": 4}, "spills 4 bytes"),
+        ({"bytes_per_slot": 6.9}, "moves 6.9 bytes of DRAM to an instruction; at least 7.0 wanted"),
+        ({"bytes_per_slot": 7.0}, None),
+        ({"bytes_per_slot": 1.0, "gated": False}, None),
+        ({"bytes_per_slot": 6.3, "op": "norm_bwd_cuda", "case": "C=768 bfloat16"}, None),
+        ({"bytes_per_slot": 6.1, "op": "norm_bwd_cuda", "case": "C=768 bfloat16"}, "at least 6.2 wanted"),
     ],
 )
 def test_misses(more, sentence):

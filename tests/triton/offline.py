@@ -132,14 +132,16 @@ def resources(compiled):
     return cubin_resources(compiled.asm["cubin"])._replace(shared=compiled.metadata.shared)
 
 
-def cubin_resources(cubin):
-    """`Resources` of the one kernel in a cubin; of shared memory what is known when it is compiled."""
+def cubin_resources(cubin, function=""):
+    """`Resources` of a kernel in a cubin, its only one where none is named; of shared memory what is known
+    when it is compiled."""
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = subprocess.check_output([cuobjdump, "-res-usage", file.name], text=True)
-    number = lambda key: int(re.search(rf"\b{key}:(\d+)", text).group(1))
+    of_kernel = text[text.index(f"Function {function}") :]
+    number = lambda key: int(re.search(rf"\b{key}:(\d+)", of_kernel).group(1))
     return Resources(number("REG"), number("STACK") + number("LOCAL"), number("SHARED"))
 
 
