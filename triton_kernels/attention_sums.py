@@ -60,10 +60,12 @@ def _score_sum_kernel(
     slab = program // tiles_n // tiles_m
     b_target, h_target = slab // target_H, slab % target_H
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for member in range(members_b * members_h):
+    # Addresses that are kept from step to step take more registers than there are.
+    for member in tl.range(0, members_b * members_h, disable_licm=True):
         b = b_target + member // members_h
         head = head_of(call, b, h_target + member % members_h, M, N, H, H_kv, left, right, lower_right)
-        for m0 in range(first_m, tl.minimum(first_m + row_tiles * BLOCK_M, head.M), BLOCK_M):
+        end_m = tl.minimum(first_m + row_tiles * BLOCK_M, head.M)
+        for m0 in tl.range(first_m, end_m, BLOCK_M, disable_licm=True):
             begin, _, _, end = key_blocks(head, m0, BLOCK_M, BLOCK_N)
             if (n0 >= begin) & (n0 < end):
                 total += _summand(

@@ -272,11 +272,26 @@ _PLAIN_BWD = {
         256: (AttentionBwdConfig(32, 32, 8, 1), AttentionBwdConfig(32, 64, 8, 1)),
     },
 }
+# There the tile above spills 48 bytes of causal calls, and 152 where rows are not aligned; in 4 warps 64 keys
+# spill 24 and 64.
+_queries = _PLAIN_BWD["sm_80"][128][1]
+_PLAIN_BWD["sm_120"] = _PLAIN_BWD["sm_80"] | {128: (AttentionBwdConfig(32, 64, 8, 2), _queries)}
+# Of keys of packed calls, where those of _PLAIN_BWD spill 64 bytes. 32 queries in 8 warps spill nothing either,
+# but leave a multiprocessor no room for a second program.
+_PACKED_BWD = {"sm_90": {128: AttentionBwdConfig(16, 64, 4, 3)}}
 _MORE_BWD = {
-    64: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 64, 4, 1)),
-    128: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 32, 8, 1)),
-    256: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(16, 32, 8, 1)),
+    "sm_80": {
+        64: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 64, 4, 1)),
+        128: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 32, 8, 1)),
+        256: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(16, 32, 8, 1)),
+    }
 }
+# One stage spills there: 8 bytes with a bias of the scores' shape, and on sm_90 24 with a key mask. Two spill 8
+# on sm_80 and 1304 on gfx942 with every argument.
+_keys, _queries = _MORE_BWD["sm_80"][64][0], _MORE_BWD["sm_80"][128][1]
+for _target in ("sm_86", "sm_89"):
+    _MORE_BWD[_target] = _MORE_BWD["sm_80"] | {64: (_keys, AttentionBwdConfig(32, 64, 4, 2))}
+_MORE_BWD["sm_90"] = _MORE_BWD["sm_80"] | {128: (AttentionBwdConfig(32, 32, 4, 2), _queries)}
 # 4 warps spill a kilobyte, and 32 queries 16 to 9200 bytes. At 64, of queries, one stage spills 16 bytes on
 # sm_120, where ptxas stops at 128 registers, and plain calls take 176 of them; two take 98 and 110.
 _FLOAT32_BWD = {
@@ -294,7 +309,7 @@ _AMD_PLAIN_FLOAT32_BWD = _PLAIN_FLOAT32_BWD | {256: (AttentionBwdConfig(16, 16, 
 
 @functools.cache
 def attention_bwd_config(
-    target: str, itemsize: int, width: int, plain: bool
+    target: str, itemsize: int, width: int, plain: bool, packed: bool
 ) -> tuple[AttentionBwdConfig, AttentionBwdConfig]:
     """Tiles of the gradients of keys, and of those of queries; arguments as of attention_fwd_config."""
     width = max(width, 64)
@@ -304,8 +319,10 @@ def attention_bwd_config(
         configs = (of_plain if plain else _FLOAT32_BWD)[width]
     elif plain:
         configs = _PLAIN_BWD.get(target, _PLAIN_BWD["sm_80"])[width]
+        if packed:
+            configs = _PACKED_BWD.get(target, {}).get(width, configs[0]), configs[1]
     else:
-        configs = _MORE_BWD[width]
+        configs = _MORE_BWD.get(target, _MORE_BWD["sm_80"])[width]
     if amd:  # whose warps have 64 threads, with up to 512 registers each
         keys, queries = (c._replace(num_warps=min(4, c.num_warps // 2)) for c in configs)
         configs = keys, queries

@@ -22,9 +22,11 @@ TABLES = {
         "_FLOAT32",
         "_FLOAT32_FEW",
         "_PLAIN_BWD",
+        "_PACKED_BWD",
         "_MORE_BWD",
         "_FLOAT32_BWD",
         "_PLAIN_FLOAT32_BWD",
+        "_AMD_PLAIN_FLOAT32_BWD",
     ),
     "feed_forward": ("_GEMM", "_UNALIGNED"),
 }
@@ -53,9 +55,13 @@ def relabelled(table, labels, path=()):
 def stands_for(place, target):
     """Whether a target's calls can come to this place of a table."""
     name, key, *_ = place
-    if name in ("_PLAIN", "_MORE", "_FLOAT32", "_PLAIN_BWD"):
+    if name == "_PACKED_BWD":
+        return key == target
+    if name in ("_PLAIN", "_MORE", "_FLOAT32", "_PLAIN_BWD", "_MORE_BWD"):
         return key == (target if target in getattr(configs, name) else "sm_80")
-    if name == "_FLOAT32_FEW":
+    if name == "_AMD_PLAIN_FLOAT32_BWD":
+        return target.startswith("gfx")
+    if name in ("_FLOAT32_FEW", "_PLAIN_FLOAT32_BWD"):
         return target.startswith("sm_")
     return name != "_GEMM" or key == configs._FAMILY.get(target, "mma")
 

@@ -91,7 +91,7 @@ def test_backward(emulation, D, causal):
     given = arguments(D, causal)
     out, _, row_max, row_sum = attention_fwd(*given)
     attention_bwd(out, None, None, out, row_max, row_sum, *given, False, False, False)
-    keys, queries = configs.attention_bwd_config(emulation.target, SIZE, D, True)
+    keys, queries = configs.attention_bwd_config(emulation.target, SIZE, D, True, False)
     row = 2 * D * SIZE  # of query and grad_out, of key and value, of out and grad_out
     of_queries = H * (LENGTH + keys_read(queries.block_m, queries.block_n, causal)) * row
     of_keys = (H_KV * LENGTH + H * queries_read(keys.block_m, keys.block_n, causal)) * row

@@ -46,7 +46,8 @@ class Call(NamedTuple):
         return configs.attention_fwd_config(self.told, self.dtype.itemsize, self.D, plain, sides, self.M)
 
     def backward_tiles(self) -> tuple[configs.AttentionBwdConfig, configs.AttentionBwdConfig]:
-        return configs.attention_bwd_config(self.told, self.dtype.itemsize, self.D, self.mode != "more")
+        plain, packed = self.mode != "more", self.mode == "packed"
+        return configs.attention_bwd_config(self.told, self.dtype.itemsize, self.D, plain, packed)
 
     def inputs(self, requires_grad: bool) -> dict[str, Any]:
         d = Draw(self.dtype)
@@ -63,16 +64,26 @@ class Call(NamedTuple):
         return rows | more[self.mode] | {"return_lse": True}
 
 
+def packed_inputs(call: Call) -> dict[str, Any]:
+    """Two sequences, of queries that read keys of their own sequence."""
+    rows = attention_inputs(1, 2, call.M, call.M, call.D, H_kv=1, dtype=call.dtype)
+    rows = {name: t[0].transpose(0, 1).contiguous().requires_grad_() for name, t in rows.items()}
+    starts = torch.tensor([0, 30, call.M], dtype=torch.int32)
+    return rows | {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "return_lse": True}
+
+
 def different(tiles_of, modes, lengths):
     """The first call for each tile, width, type and mode on each target that is emulated.
 
-    Bounds choose no tile of float32.
+    Neither bounds nor packing choose a tile of float32, nor packing one of any but the widths of _PACKED_BWD.
     """
     first = {}
+    packed = {(told, D) for told, of_target in configs._PACKED_BWD.items() for D in of_target}
     for told in ("sm_80", "sm_90", *TARGETS):
         for dtype in (BF16, F32):
             for D in (64, 128, 256):
                 of_type = [mode for mode in modes if dtype is BF16 or mode in ("plain", "more")]
+                of_type = [mode for mode in of_type if mode != "packed" or (told, D) in packed]
                 for call in (Call(told, dtype, D, mode, M) for mode in of_type for M in lengths):
                     tile = tiles_of(call)
                     first.setdefault((tile, dtype, D, call.mode, call.M, call.target), call)
@@ -97,7 +108,11 @@ def emulate(monkeypatch, call, requires_grad):
     Emulation(monkeypatch, call.target)
     for module in (attention_fwd, attention_bwd):
         monkeypatch.setattr(module, "arch", lambda device: call.told)
-    judge_attention(call.inputs(requires_grad), backend="triton")
+    if call.mode == "packed":
+        longest = {"max_seqlen_q": call.M, "max_seqlen_k": call.M}
+        judge_attention(packed_inputs(call), backend="triton", fn_only=longest)
+    else:
+        judge_attention(call.inputs(requires_grad), backend="triton")
 
 
 @pytest.mark.parametrize("call", different(Call.forward_tile, MODES, (140, 1)))
@@ -106,7 +121,7 @@ def test_forward(monkeypatch, chosen, call):
     assert set(chosen["attention_fwd_config"]) == {call.forward_tile()}
 
 
-@pytest.mark.parametrize("call", different(Call.backward_tiles, ("plain", "more"), (140,)))
+@pytest.mark.parametrize("call", different(Call.backward_tiles, ("plain", "packed", "more"), (140,)))
 def test_backward(monkeypatch, chosen, call):
     emulate(monkeypatch, call, requires_grad=True)
     assert set(chosen["attention_bwd_config"]) == {call.backward_tiles()}
