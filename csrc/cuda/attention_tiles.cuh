@@ -51,16 +51,6 @@ __device__ __forceinline__ uint32_t at_step(uint32_t address, int step) {
   return address ^ static_cast<uint32_t>(32 * step);
 }
 
-// An element as copies move it.
-template <DType kType>
-struct ElementOf {
-  using Type = uint16_t;
-};
-template <>
-struct ElementOf<DType::kFloat32> {
-  using Type = uint32_t;
-};
-
 // The columns of a tile [rows, kD] as Panel counts them.
 template <DType kType, int kD>
 inline constexpr int kPanelColumns = kD * static_cast<int>(size_of(kType)) / 2;

@@ -6,16 +6,6 @@
 
 namespace fastformer::cuda {
 
-// A word of memory that holds one element.
-template <DType kType>
-struct ElementOf {
-  using Type = uint16_t;
-};
-template <>
-struct ElementOf<DType::kFloat32> {
-  using Type = uint32_t;
-};
-
 // Lane t of the four that share a row gives word w of its own, and gets word t of lane w.
 __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
 #pragma unroll

@@ -7,6 +7,16 @@
 
 namespace fastformer::cuda {
 
+// A word of memory that holds one element.
+template <DType kType>
+struct ElementOf {
+  using Type = uint16_t;
+};
+template <>
+struct ElementOf<DType::kFloat32> {
+  using Type = uint32_t;
+};
+
 // The word type of one unit in memory: 16 bytes, or 8 for four columns of a 16-bit type.
 template <int kBytes>
 struct WordsOf;
