@@ -102,6 +102,12 @@ class AttentionCall(NamedTuple):
         return max(self.flags["BLOCK_D"], self.flags["BLOCK_DV"])
 
     @property
+    def is_irregular(self) -> bool:
+        """Whether addresses take more than strides of 16 bytes: packed, or rows that are not aligned."""
+        strides = (stride for rows in self.tensors[:3] for stride in rows[1:4])
+        return self.packed or math.gcd(*strides) * self.dtype.itemsize % 16 != 0
+
+    @property
     def is_plain(self) -> bool:
         """Whether a product becomes a weight by its scale alone, and hidden keys lie in whole blocks."""
         t = self.tensors

@@ -170,8 +170,8 @@ def _products_by_columns(
     """Products [BLOCK_M, BLOCK_N] of rows of which registers hold few columns at a time. The rows begin at
     elements `query` of queries and `key` of keys."""
     BITS: tl.constexpr = queries.ptr.dtype.element_ty.primitive_bitwidth
-    # ptxas keeps the loop over two pieces of 128 columns; that over four of 64 it unrolls, and spills up to 32
-    # bytes.
+    # ptxas keeps the loop over two pieces of 128 columns; that over four of 64 it unrolls, and spills up to
+    # 32 bytes.
     MOST: tl.constexpr = 128 if BITS == 16 and BLOCK_W > 128 else MOST_BITS // BITS
     COLUMNS: tl.constexpr = BLOCK_W if BLOCK_W < MOST else MOST
     WHOLE: tl.constexpr = WIDTH // COLUMNS * COLUMNS

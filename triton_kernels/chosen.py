@@ -12,11 +12,11 @@ import torch
 from .attention_bwd import bwd_configs
 from .attention_call import AttentionCall, attention_call
 from .attention_fwd import fwd_config
-from .configs import norm_config
 from .feed_forward import hidden_tile
 from .feed_forward_bwd import hidden_bwd_tile
 from .gemm import along_columns, along_rows, as_matrix, gemm_tile, weight_operands
 from .launch import TARGET, arch, as_rows
+from .norm_configs import norm_config
 
 
 def _without_memory(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import COLUMN_SUM, bwd_programs, norm_config
 from .launch import (
     MULTIPLY_ADDS,
     TARGET,
@@ -24,6 +23,7 @@ from .launch import (
     size_agnostic,
     sm_count,
 )
+from .norm_configs import COLUMN_SUM, bwd_programs, norm_config
 from .tiles import affine, aligned, drop, load_tile, store_tile
 
 

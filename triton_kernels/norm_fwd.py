@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import norm_config
 from .launch import TARGET, as_rows, ceil_div, contiguous, dropout_constants, on_device, size_agnostic
+from .norm_configs import norm_config
 from .tiles import affine, aligned, drop, load_tile, store_tile
 
 

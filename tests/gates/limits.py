@@ -48,9 +48,9 @@ class Limits(NamedTuple):
 
 # {(operator and direction, target, head dim)}. They bind the kernels that "auto" runs on the target.
 LIMITS = {
-    # What the tiles measured that an H100 timed as fastest, and a little, so that they do not get worse unseen:
-    # 2.70 and .57; 4.47 and .30. Tiles with better figures were slower there, 506 TFLOP/s beside 540, and 341
-    # (w1 .53) beside 455: w1 is of a warp's own code, and does not see several programs that share a
+    # What the tiles measured that an H100 timed as fastest, and a little, so that they do not get worse
+    # unseen: 2.70 and .57; 4.47 and .30. Tiles with better figures were slower there, 506 TFLOP/s beside 540,
+    # and 341 (w1 .53) beside 455: w1 is of a warp's own code, and does not see several programs that share a
     # multiprocessor and fill each other's waits.
     ("attention_fwd", "sm_90", 128): Limits(most_nt=2.8, least_w1=0.55),
     ("attention_fwd", "sm_90", 64): Limits(most_nt=4.6, least_w1=0.28),

@@ -1,4 +1,4 @@
-"""Norms: every tile of configs.py, with the dtypes and dropout that change how many registers it takes."""
+"""Norms: every tile of norm_configs.py, with the dtypes and dropout that change its registers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from fastformer.triton_kernels import configs, norm_bwd, norm_fwd
+from fastformer.triton_kernels import norm_bwd, norm_configs, norm_fwd
 
 from tests.triton.offline import TARGETS
 
@@ -42,6 +42,6 @@ def _call(op: str, C: int, align: int, inputs: str) -> None:
 
 def norm_cases(op: str, target: str) -> Iterator[Case]:
     """One case for each tile that can be chosen, each alignment of the rows, and each of INPUTS."""
-    for C, align, _ in configs.norm_configs(TARGETS[target].backend, op):
+    for C, align, _ in norm_configs.norm_configs(TARGETS[target].backend, op):
         for inputs in INPUTS:
             yield Case(op, f"C={C} align={align} {inputs}", partial(_call, op, C, align, inputs))

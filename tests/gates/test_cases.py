@@ -14,7 +14,7 @@ from tests.triton.offline import TARGETS, catch_launches
 
 from .readings import CASES
 
-# {operator: the tables that its tiles come from}; the norms' cases go by configs.norm_configs.
+# {operator: the tables that its tiles come from}; the norms' cases go by norm_configs.norm_configs.
 TABLES = {
     "attention": (
         "_PLAIN",
@@ -22,7 +22,7 @@ TABLES = {
         "_FLOAT32",
         "_FLOAT32_FEW",
         "_PLAIN_BWD",
-        "_PACKED_BWD",
+        "_IRREGULAR_BWD",
         "_MORE_BWD",
         "_FLOAT32_BWD",
         "_PLAIN_FLOAT32_BWD",
@@ -55,7 +55,7 @@ def relabelled(table, labels, path=()):
 def stands_for(place, target):
     """Whether a target's calls can come to this place of a table."""
     name, key, *_ = place
-    if name == "_PACKED_BWD":
+    if name == "_IRREGULAR_BWD":
         return key == target
     if name in ("_PLAIN", "_MORE", "_FLOAT32", "_PLAIN_BWD", "_MORE_BWD"):
         return key == (target if target in getattr(configs, name) else "sm_80")

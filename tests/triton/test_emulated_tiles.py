@@ -75,10 +75,10 @@ def packed_inputs(call: Call) -> dict[str, Any]:
 def different(tiles_of, modes, lengths):
     """The first call for each tile, width, type and mode on each target that is emulated.
 
-    Neither bounds nor packing choose a tile of float32, nor packing one of any but the widths of _PACKED_BWD.
+    Neither bounds nor packing choose a tile of float32, and packing none but those of _IRREGULAR_BWD.
     """
     first = {}
-    packed = {(told, D) for told, of_target in configs._PACKED_BWD.items() for D in of_target}
+    packed = {(told, D) for told, of_target in configs._IRREGULAR_BWD.items() for D in of_target}
     for told in ("sm_80", "sm_90", *TARGETS):
         for dtype in (BF16, F32):
             for D in (64, 128, 256):
