@@ -206,8 +206,10 @@ inline void describe_scores(AttentionFwdParams& p) {
               has_aligned_rows(p.value, p.dtype, p.D_v) && has_aligned_rows(p.out, p.dtype, p.D_v);
   p.mask_pairs = has_pairs(p.mask, 1, p.N);
   p.bias_pairs = has_pairs(p.bias, size_of(p.bias.dtype), p.N);
-  p.logits =
-      p.softcap != 0.0f || p.bias.data != nullptr || p.relative_bias != nullptr || p.scale < kLeastScale;
+  // Of float32 always: the exponent of a bare product and the rounded one of a row's largest differ by more
+  // than the last place where both are the same score, and a weight of 1 must be 1.
+  p.logits = p.softcap != 0.0f || p.bias.data != nullptr || p.relative_bias != nullptr ||
+             p.scale < kLeastScale || p.dtype == DType::kFloat32;
   p.unit = p.logits ? 1.0f : p.scale;
   p.factor = p.unit * kLog2E;
 }
