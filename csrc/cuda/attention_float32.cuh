@@ -14,15 +14,6 @@ namespace fastformer::cuda {
 
 constexpr int kFloatPanel = 32;  // columns
 
-// value = large + small, both of which tensor cores take: of a word they read all but the last 13 bits. Large
-// is rounded, so that small halves, whose products with each other are left out, have any sign; of small no
-// more than the value's last bit is cut off. Of inf small is NaN, and of NaN too, whatever large may be.
-__device__ __forceinline__ void split_float32(uint32_t value, uint32_t& large, uint32_t& small) {
-  const float whole = __uint_as_float(value);
-  large = round_to_tf32(whole);
-  small = __float_as_uint(whole - __uint_as_float(large));
-}
-
 // sum += a b: of large halves into `sum`, of these with small ones into `cross`.
 __device__ __forceinline__ void multiply_apart(float (&sum)[4], float (&cross)[4], const uint32_t (&a)[4],
                                                uint32_t b0, uint32_t b1) {

@@ -187,14 +187,9 @@ struct Fragments<DType::kFloat32> {
   struct Split {
     uint32_t large[4], small[4];
 
-    // What of `small` tensor cores have no bits for, at most 2^-23 of the whole, they leave out.
     __device__ __forceinline__ void take(const uint32_t (&words)[4]) {
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const float whole = __uint_as_float(words[w]);
-        large[w] = round_to_tf32(whole);
-        small[w] = __float_as_uint(whole - __uint_as_float(large[w]));
-      }
+      for (int w = 0; w < 4; ++w) split_float32(words[w], large[w], small[w]);
     }
   };
 

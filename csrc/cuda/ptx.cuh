@@ -220,13 +220,6 @@ __device__ __forceinline__ void multiply_float16(float (&sum)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The nearest number that tensor cores take of a float32, whose last 13 bits are zero; of two the one further
-// from zero, and of NaN perhaps another number. (cvt.rna.tf32.f32 is four instructions, because it keeps
-// NaN.)
-__device__ __forceinline__ uint32_t round_to_tf32(float x) {
-  return (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
-}
-
 // sum [16, 8] += a [16, 8] b [8, 8], of words as round_to_tf32 gives them. Lane l holds of a rows l / 4 and
 // l / 4 + 8 of column l % 4, then of column l % 4 + 4; of b rows l % 4 and l % 4 + 4 of column l / 4.
 __device__ __forceinline__ void multiply_tf32(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,

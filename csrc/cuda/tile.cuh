@@ -17,6 +17,22 @@ struct ElementOf<DType::kFloat32> {
   using Type = uint32_t;
 };
 
+// The nearest number that tensor cores take of a float32, whose last 13 bits are zero; of two the one further
+// from zero, and of NaN perhaps another number. (cvt.rna.tf32.f32 is four instructions, because it keeps
+// NaN.)
+__device__ __forceinline__ uint32_t round_to_tf32(float x) {
+  return (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
+}
+
+// value = large + small, both of which tensor cores take: of a word they read all but the last 13 bits. Large
+// is rounded, so that small halves, whose products with each other are left out, have any sign; of small no
+// more than the value's last bit is cut off. Of inf small is NaN, and of NaN too, whatever large may be.
+__device__ __forceinline__ void split_float32(uint32_t value, uint32_t& large, uint32_t& small) {
+  const float whole = __uint_as_float(value);
+  large = round_to_tf32(whole);
+  small = __float_as_uint(whole - __uint_as_float(large));
+}
+
 // The word type of one unit in memory: 16 bytes, or 8 for four columns of a 16-bit type.
 template <int kBytes>
 struct WordsOf;
