@@ -52,6 +52,11 @@ def test_float32(D):
     judge_here(some_inputs(D, F32, M=40, N=70, causal="lower_right"))
 
 
+def test_one_key_weighs_one():
+    """Of float32 to the last place: torch's gradient of value is then exact."""
+    judge_here(call("window (0, 0)", F32, return_lse=True))
+
+
 SPANS = ({}, {"causal": "lower_right"}, {"window": (90, 40)}, {"key_lengths": torch.tensor([270])})
 
 
