@@ -21,12 +21,12 @@
 
 namespace fastformer::cuda {
 
-template <DType kType, int kD, bool kPlain>
+template <DType kType, int kD, BackwardKind kKind>
 struct BackwardPass {
-  static constexpr BackwardTile kTile = backward_tile(kD, kPlain, kType);
+  static constexpr BackwardTile kTile = backward_tile(kD, kKind, kType);
   static constexpr int kBlockM = kTile.block_m, kBlockN = kTile.block_n, kThreads = kTile.threads();
   static constexpr int kWarps = kTile.warps, kStages = kTile.stages;
-  static constexpr bool kFloat32 = kType == DType::kFloat32;
+  static constexpr bool kFloat32 = kType == DType::kFloat32, kPlain = kKind == BackwardKind::kPlain;
   static constexpr int kColumns = kPanelColumns<kType, kD>;
   // Of scores, a warp's [16 kRowTiles, 8 kTiles] of [kBlockM, kBlockN].
   static constexpr int kScoreRows = kTile.score_rows, kRowTiles = kBlockM / 16 / kScoreRows;
@@ -34,13 +34,13 @@ struct BackwardPass {
   // Of dK and dV, of [kBlockN, kD].
   static constexpr int kKeyRows = kTile.key_rows, kKeyRowTiles = kBlockN / 16 / kKeyRows;
   static constexpr int kKeyTiles = kD / 8 / (kWarps / kKeyRows);
-  using Sums = QuerySums<kType, kD, kPlain>;
+  using Sums = QuerySums<kType, kD, kKind>;
   static constexpr int kPart = kD > 128 ? Sums::kTiles / 4 : Sums::kTiles;  // of dQ, at a time
   // Bytes from K's place in shared memory. A stage is Q and dO.
   static constexpr int kPlaceOfV = 2 * kBlockN * kColumns, kPlaceOfQ = 2 * kPlaceOfV;
   static constexpr int kGradOut = 2 * kBlockM * kColumns, kStage = 2 * kGradOut;
   static constexpr int kPlaceOfP = kPlaceOfQ + kStages * kStage;
-  static constexpr int kScores = 2 * kBlockM * kPanelColumns<kType, kBlockN>;
+  static constexpr int kScores = kBlockM * score_columns(kTile, kType) * static_cast<int>(size_of(kType));
   using Copier = RowCopier<kType, kD, kThreads, false>;
   static constexpr int kStep = Copier::kStep;
   using Scores = float[kRowTiles][kTiles][4];
@@ -370,11 +370,11 @@ struct BackwardPass {
 
 // Tickets are (tile of keys, key head, batch element), the tile fastest: blocks that run together share
 // queries. The query heads of a group add one after another.
-template <DType kType, int kD, bool kPlain>
-__global__ void __launch_bounds__(backward_tile(kD, kPlain, kType).threads(),
-                                  backward_tile(kD, kPlain, kType).blocks)
+template <DType kType, int kD, BackwardKind kKind>
+__global__ void __launch_bounds__(backward_tile(kD, kKind, kType).threads(),
+                                  backward_tile(kD, kKind, kType).blocks)
     attention_bwd_keys_kernel(const __grid_constant__ AttentionBwdParams p) {
-  using Pass = BackwardPass<kType, kD, kPlain>;
+  using Pass = BackwardPass<kType, kD, kKind>;
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   __shared__ KeyTile keys;
   __shared__ Head head;
@@ -395,7 +395,7 @@ __global__ void __launch_bounds__(backward_tile(kD, kPlain, kType).threads(),
     Head found = head_of(p.call, keys.b, head.h + 1, 0);
     if (keys.n0 >= found.N) return;
     __syncthreads();
-    if constexpr (!kPlain) {
+    if constexpr (kKind != BackwardKind::kPlain) {
       if (p.call.padding.data != nullptr || p.call.key_mask.data != nullptr) find_real_range(p.call, found);
     }
     if (threadIdx.x == 0) {

@@ -71,9 +71,16 @@ struct BackwardTile {
   constexpr int threads() const { return 32 * warps; }
 };
 
+// Columns of P and of dS in shared memory, which lie in panels of 128 bytes.
+constexpr int score_columns(const BackwardTile& tile, DType dtype) {
+  const int panel = 128 / static_cast<int>(size_of(dtype));
+  return (tile.block_n + panel - 1) / panel * panel;
+}
+
 // K and V; Q and dO of each stage; P and dS.
 constexpr int shared_bytes_of(const BackwardTile& tile, int block_d, DType dtype) {
-  const int elements = block_d * (tile.block_n + tile.stages * tile.block_m) + tile.block_m * tile.block_n;
+  const int elements =
+      block_d * (tile.block_n + tile.stages * tile.block_m) + tile.block_m * score_columns(tile, dtype);
   return 2 * static_cast<int>(size_of(dtype)) * elements;
 }
 
@@ -84,29 +91,39 @@ constexpr BackwardTile float32_backward_tile(int block_d) {
   return {64, 64, 4, 4, 4, 1, 1};
 }
 
+// Which calls an instantiation serves: all; those with nothing but ranges of hidden keys, up to D = 128; or
+// all of wider heads where a block has too little shared memory for the first. Float32 has the first alone.
+enum class BackwardKind : int32_t { kGeneral, kPlain, kSmall };
+
 // Wider tiles read less of shared memory for a product: ldmatrix brings 32 rows to a warp for 32 or 64
 // columns. The general kernel has half the keys, and fits 99 KB up to D = 128: it serves plain calls too
 // where there is no more. It runs twice the instructions, which there, where tensor cores have half of an
-// A100's rate, find their slots: 6 of 16 for a product at D = 128.
-constexpr BackwardTile backward_tile(int block_d, bool plain, DType dtype) {
+// A100's rate, find their slots: 6 of 16 for a product at D = 128. Small tiles take 73 KB.
+constexpr BackwardTile backward_tile(int block_d, BackwardKind kind, DType dtype) {
   if (dtype == DType::kFloat32) return float32_backward_tile(block_d);
-  if (!plain || block_d > 128) return {64, 64, 4, 2, 2, 1, 1};
+  if (kind == BackwardKind::kSmall) return {32, 32, 2, 1, 1, 1, 1, 4};
+  if (kind == BackwardKind::kGeneral) return {64, 64, 4, 2, 2, 1, 1};
   if (block_d > 64) return {64, 128, 2, 4, 2, 2, 1};
   return {128, 128, 4, 4, 4, 2, 1};
 }
 
-// Whether calls with nothing but ranges of hidden keys have an instantiation of their own: up to D = 128,
-// where a block may have its shared memory. Float32 has none, as forward.
-constexpr bool is_plain_chosen(int block_d, DType dtype, int64_t most_shared) {
-  return block_d <= 128 && dtype != DType::kFloat32 &&
-         shared_bytes_of(backward_tile(block_d, true, dtype), block_d, dtype) + kStaticShared <= most_shared;
+// Whether there is an instantiation, and a block may have its shared memory.
+constexpr bool is_chosen(int block_d, BackwardKind kind, DType dtype, int64_t most_shared) {
+  if (kind != BackwardKind::kGeneral &&
+      (dtype == DType::kFloat32 || (block_d > 128) != (kind == BackwardKind::kSmall))) {
+    return false;
+  }
+  const bool fits =
+      shared_bytes_of(backward_tile(block_d, kind, dtype), block_d, dtype) + kStaticShared <= most_shared;
+  return fits &&
+         (kind != BackwardKind::kSmall || !is_chosen(block_d, BackwardKind::kGeneral, dtype, most_shared));
 }
 
 constexpr int kBackwardHeadWidths[] = {64, 128, 256};
 
 struct AttentionBwdPlan {
   int32_t block_d;
-  int32_t plain;
+  BackwardKind kind;
   int32_t block_m;
   int32_t query_grid;  // of the kernels that take a tile of queries a block; 0: nothing to do
   int32_t key_grid;
@@ -136,9 +153,14 @@ inline AttentionBwdPlan plan_attention_bwd(AttentionBwdParams& p, int64_t total_
   }
   constexpr int64_t kMostStride = int64_t{1} << 30;  // bytes of a stride, and of a step of them, fit 32 bits
   const bool near = call.query.stride_row < kMostStride / 32 && p.grad_out.stride_row < kMostStride / 32;
-  plan.plain = is_plain_chosen(plan.block_d, call.dtype, most_shared) && p.aligned && near && !call.logits &&
-               !masked && call.threshold == 0 && p.grad_weights.data == nullptr;
-  const BackwardTile tile = backward_tile(plan.block_d, plan.plain, call.dtype);
+  const bool plain =
+      p.aligned && near && !call.logits && !masked && call.threshold == 0 && p.grad_weights.data == nullptr;
+  const auto chosen = [&](BackwardKind kind) {
+    return is_chosen(plan.block_d, kind, call.dtype, most_shared);
+  };
+  if (plain && chosen(BackwardKind::kPlain)) plan.kind = BackwardKind::kPlain;
+  if (chosen(BackwardKind::kSmall)) plan.kind = BackwardKind::kSmall;
+  const BackwardTile tile = backward_tile(plan.block_d, plan.kind, call.dtype);
   plan.shared_bytes = shared_bytes_of(tile, plan.block_d, call.dtype);
   plan.query_shared_bytes = call.dtype == DType::kFloat32 ? 0 : 2 * plan.block_d * tile.block_m;
   plan.threads = tile.threads();

@@ -160,9 +160,9 @@ __device__ __forceinline__ void write_rows(uint32_t shared, const HeadRows& rows
 }
 
 // How warps stand over dQ [block_m, kD], and where a lane's sums lie.
-template <DType kType, int kD, bool kPlain>
+template <DType kType, int kD, BackwardKind kKind>
 struct QuerySums {
-  static constexpr BackwardTile kTile = backward_tile(kD, kPlain, kType);
+  static constexpr BackwardTile kTile = backward_tile(kD, kKind, kType);
   static constexpr int kThreads = kTile.threads();
   static constexpr int kRows = kTile.query_rows, kColumns = kTile.warps / kRows;
   static constexpr int kRowTiles = kTile.block_m / 16 / kRows, kTiles = kD / 8 / kColumns;
@@ -196,10 +196,10 @@ struct QuerySums {
 };
 
 // dQ of a tile of queries a block, from its sums; zeros where no block of keys was visible.
-template <DType kType, int kD, bool kPlain>
-__global__ void __launch_bounds__(backward_tile(kD, kPlain, kType).threads())
+template <DType kType, int kD, BackwardKind kKind>
+__global__ void __launch_bounds__(backward_tile(kD, kKind, kType).threads())
     attention_bwd_queries_kernel(const __grid_constant__ AttentionBwdParams p) {
-  using Sums = QuerySums<kType, kD, kPlain>;
+  using Sums = QuerySums<kType, kD, kKind>;
   constexpr int kBlockM = Sums::kTile.block_m;
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   const uint32_t shared = shared_address(dynamic_shared);

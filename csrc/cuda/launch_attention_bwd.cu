@@ -13,27 +13,31 @@ struct BackwardKernels {
   void (*queries)(AttentionBwdParams);
 };
 
-template <DType kType, int kD, bool kPlain>
+template <DType kType, int kD, BackwardKind kKind>
 BackwardKernels backward_kernels_of() {
-  return {attention_bwd_rows_kernel<kType>, attention_bwd_keys_kernel<kType, kD, kPlain>,
-          attention_bwd_queries_kernel<kType, kD, kPlain>};
+  return {attention_bwd_rows_kernel<kType>, attention_bwd_keys_kernel<kType, kD, kKind>,
+          attention_bwd_queries_kernel<kType, kD, kKind>};
 }
 
 template <DType kType>
-BackwardKernels backward_kernels_of(int block_d, bool plain) {
+BackwardKernels backward_kernels_of(int block_d, BackwardKind kind) {
+  using enum BackwardKind;
   if constexpr (kType != DType::kFloat32) {
-    if (plain)
-      return block_d == 64 ? backward_kernels_of<kType, 64, true>() : backward_kernels_of<kType, 128, true>();
+    if (kind == kSmall) return backward_kernels_of<kType, 256, kSmall>();
+    if (kind == kPlain) {
+      return block_d == 64 ? backward_kernels_of<kType, 64, kPlain>()
+                           : backward_kernels_of<kType, 128, kPlain>();
+    }
   }
-  if (block_d == 64) return backward_kernels_of<kType, 64, false>();
-  if (block_d == 128) return backward_kernels_of<kType, 128, false>();
-  return backward_kernels_of<kType, 256, false>();
+  if (block_d == 64) return backward_kernels_of<kType, 64, kGeneral>();
+  if (block_d == 128) return backward_kernels_of<kType, 128, kGeneral>();
+  return backward_kernels_of<kType, 256, kGeneral>();
 }
 
 BackwardKernels backward_kernels_of(DType dtype, const AttentionBwdPlan& plan) {
-  if (dtype == DType::kFloat32) return backward_kernels_of<DType::kFloat32>(plan.block_d, plan.plain);
-  return dtype == DType::kBFloat16 ? backward_kernels_of<DType::kBFloat16>(plan.block_d, plan.plain)
-                                   : backward_kernels_of<DType::kFloat16>(plan.block_d, plan.plain);
+  if (dtype == DType::kFloat32) return backward_kernels_of<DType::kFloat32>(plan.block_d, plan.kind);
+  return dtype == DType::kBFloat16 ? backward_kernels_of<DType::kBFloat16>(plan.block_d, plan.kind)
+                                   : backward_kernels_of<DType::kFloat16>(plan.block_d, plan.kind);
 }
 
 // Of `zeros`: what a warp has of a tile of dQ.
@@ -41,8 +45,8 @@ int zeros_of(const AttentionBwdPlan& plan) { return plan.block_m * plan.block_d 
 
 // As allow_shared of launch_attention.cu.
 cudaError_t allow_shared(const BackwardKernels& kernels, DType dtype, const AttentionBwdPlan& plan) {
-  constexpr int kDevices = 64, kTypes = 3, kMostUnits = 256 / 64;
-  static std::atomic<bool> allowed[kDevices][kTypes][kMostUnits][2];
+  constexpr int kDevices = 64, kTypes = 3, kMostUnits = 256 / 64, kKinds = 3;
+  static std::atomic<bool> allowed[kDevices][kTypes][kMostUnits][kKinds];
   int device = 0;
   const cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
@@ -50,7 +54,7 @@ cudaError_t allow_shared(const BackwardKernels& kernels, DType dtype, const Atte
     return cudaFuncSetAttribute(kernels.keys, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
   };
   if (device >= kDevices) return set();
-  auto& done = allowed[device][static_cast<int>(dtype)][plan.block_d / 64 - 1][plan.plain];
+  auto& done = allowed[device][static_cast<int>(dtype)][plan.block_d / 64 - 1][static_cast<int>(plan.kind)];
   if (done.load(std::memory_order_acquire)) return cudaSuccess;
   const cudaError_t failed = set();
   if (failed == cudaSuccess) done.store(true, std::memory_order_release);
@@ -291,7 +295,7 @@ SixTensors attention_bwd(const std::optional<Tensor>& grad_out, const std::optio
   }
   if (need_sink) p.grad_sink = floats_of(grads.sink);
   const int64_t longest = std::max(p.call.M, p.call.N);
-  STD_TORCH_CHECK(int64_t{p.call.B} * p.call.H * (longest / 64 + 1) < int64_t{1} << 31,
+  STD_TORCH_CHECK(int64_t{p.call.B} * p.call.H * (longest / 32 + 1) < int64_t{1} << 31,
                   "gradients of attention of 2**31 tiles or more are not served by cuda");
   const AttentionBwdPlan plan = plan_attention_bwd(p, packed ? query.size(0) : 0, most_shared());
   STD_TORCH_CHECK(plan.block_d > 0, "attention's gradients at D = ", p.call.D, " and D_v = ", p.call.D_v,

@@ -33,7 +33,7 @@ _FEW_ROWS, _FEW_QUERIES = 128, 16
 _MAX_HEAD_DIM = 256
 # Queries and keys together, so that sums of positions stay 32-bit.
 _MAX_POSITIONS = 2**29
-# Of chips whose blocks may have 99 KB of shared memory, and what attention's gradients then go up to.
+# Chips whose blocks may have 99 KB of shared memory, and what attention's float32 gradients go up to there.
 _LITTLE_SHARED = ((8, 6), (8, 9), (12, 0), (12, 1))
 _MAX_SMALL_HEAD_DIM = 128
 # Major compute capabilities whose tensor cores take whole tiles from shared memory.
@@ -189,10 +189,11 @@ def _gradient_refusal(tensors: tuple[Tensor | None, ...]) -> str | None:
     """What attention's backward does not do beside what forward does not."""
     query, value = tensors[0], tensors[2]
     assert query is not None and value is not None
-    if max(query.shape[-1], value.shape[-1]) > _MAX_SMALL_HEAD_DIM and _has_little_shared(query.device):
+    wide = max(query.shape[-1], value.shape[-1]) > _MAX_SMALL_HEAD_DIM
+    if wide and query.dtype == torch.float32 and _has_little_shared(query.device):
         return (
-            f"its attention's gradients at head dims over {_MAX_SMALL_HEAD_DIM} take up to 145 KB of shared "
-            "memory"
+            f"its attention's float32 gradients at head dims over {_MAX_SMALL_HEAD_DIM} take 137 KB of "
+            "shared memory"
         )
     return None
 

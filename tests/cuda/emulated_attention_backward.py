@@ -30,7 +30,7 @@ WARPS = 8
 
 
 def backward_module(dtype, plan, arch):
-    flags = (f"-DTYPE={DTYPES[dtype]}", f"-DWIDTH={plan.block_d}", f"-DPLAIN={plan.plain}")
+    flags = (f"-DTYPE={DTYPES[dtype]}", f"-DWIDTH={plan.block_d}", f"-DKIND={plan.kind}")
     folders = (f"-I{CSRC}", f"-I{CSRC / 'cuda'}")
     return nvcc.compile_module(HERE / "instances" / "attention_bwd.cu", arch, *folders, *flags)
 
@@ -39,7 +39,8 @@ def _instance(name, dtype, plan):
     """A part of the mangled name."""
     if name in ("rows", "row_sums"):  # of which there is one
         return f"attention_bwd_{name}_kernel"
-    return f"attention_bwd_{name}_kernelILNS_5DTypeE{DTYPES[dtype]}ELi{plan.block_d}ELb{plan.plain}E"
+    of_type = f"ILNS_5DTypeE{DTYPES[dtype]}ELi{plan.block_d}ELNS0_12BackwardKindE{plan.kind}E"
+    return f"attention_bwd_{name}_kernel{of_type}"
 
 
 @dataclass

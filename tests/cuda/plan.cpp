@@ -48,12 +48,13 @@ void plan_attention_backward(AttentionBwdParams* p, int64_t total_queries, int64
 void plan_score_sums(AttentionSumsParams* p, int32_t target_B, int32_t target_H, AttentionSumsPlan* plan) {
   *plan = plan_attention_sums(*p, target_B, target_H);
 }
-bool attention_backward_is_plain(int32_t block_d, int32_t dtype, int64_t most_shared) {
-  return is_plain_chosen(block_d, static_cast<fastformer::DType>(dtype), most_shared);
+bool attention_backward_is_chosen(int32_t block_d, int32_t kind, int32_t dtype, int64_t most_shared) {
+  return is_chosen(block_d, static_cast<BackwardKind>(kind), static_cast<fastformer::DType>(dtype),
+                   most_shared);
 }
 // Of an instantiation; returns its bytes of shared memory.
-int32_t attention_backward_tile(int32_t block_d, bool plain, int32_t dtype, BackwardTile* tile) {
-  *tile = backward_tile(block_d, plain, static_cast<fastformer::DType>(dtype));
+int32_t attention_backward_tile(int32_t block_d, int32_t kind, int32_t dtype, BackwardTile* tile) {
+  *tile = backward_tile(block_d, static_cast<BackwardKind>(kind), static_cast<fastformer::DType>(dtype));
   return shared_bytes_of(*tile, block_d, static_cast<fastformer::DType>(dtype));
 }
 void plan_product(int32_t kernel, GemmParams* p, int32_t multiprocessors, GemmPlan* plan) {

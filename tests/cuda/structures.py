@@ -85,7 +85,7 @@ def plans():
             fresh.replace(library)
     loaded = ctypes.CDLL(str(library))
     loaded.kernel_name.restype = ctypes.c_char_p
-    for chosen in (loaded.attention_is_chosen, loaded.attention_backward_is_plain):
+    for chosen in (loaded.attention_is_chosen, loaded.attention_backward_is_chosen):
         chosen.restype = ctypes.c_bool
     for name, fields in _structures.items():
         if name.endswith("Params"):

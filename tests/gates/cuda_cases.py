@@ -23,6 +23,7 @@ FLOAT32 = {"float32": 0}
 _KINDS = ("whole", "padded", "general", "few")
 _WIDTHS = (32, 64, 96, 128, 192, 256)
 _BACKWARD_WIDTHS = (64, 128, 256)
+_BACKWARD_KINDS = ("general", "plain", "small")
 # The chips of one major release run the code of its first.
 _BUILT = {"sm_86": "80", "sm_89": "80"}
 
@@ -64,13 +65,13 @@ def _compile_combine(target: str) -> Compiled:
     return Compiled("attention_combine", f"threads={threads}", cubin_of("attention_combine.cu", target), 0)
 
 
-def _compile_backward(width: int, dtype: str, plain: bool, target: str) -> Compiled:
+def _compile_backward(width: int, dtype: str, kind: str, target: str) -> Compiled:
     """The pass over keys; beside it the others are nothing."""
-    type_number = (DTYPES | FLOAT32)[dtype]
-    defined = {"TYPE": type_number, "WIDTH": width, "PLAIN": int(plain)}
+    number, type_number = _BACKWARD_KINDS.index(kind), (DTYPES | FLOAT32)[dtype]
+    defined = {"TYPE": type_number, "WIDTH": width, "KIND": number}
     cubin = cubin_of("attention_bwd.cu", target, **defined, KEYS_ALONE=1)
     tile = BackwardTile()
-    shared = compiled_plans().attention_backward_tile(width, plain, type_number, ctypes.byref(tile))
+    shared = compiled_plans().attention_backward_tile(width, number, type_number, ctypes.byref(tile))
     return Compiled("attention_bwd_keys", _named(width, tile), cubin, shared)
 
 
@@ -96,19 +97,16 @@ def cuda_attention_cases(op: str, target: str) -> Iterator[Case]:
 
 
 def cuda_attention_backward_cases(op: str, target: str) -> Iterator[Case]:
-    """As cuda_attention_cases. On chips with little shared memory the widest heads are refused."""
+    """As cuda_attention_cases."""
     if not compiles_for(target):
         return
     most = ctypes.c_int64(SHARED_LIMIT[target])
     for width in _BACKWARD_WIDTHS:
         for dtype, type_number in (DTYPES | FLOAT32).items():
-            for plain in (True, False):
-                if plain and not compiled_plans().attention_backward_is_plain(width, type_number, most):
+            for number, kind in enumerate(_BACKWARD_KINDS):
+                if not compiled_plans().attention_backward_is_chosen(width, number, type_number, most):
                     continue
-                if width > 128 and most.value < 100 * 1024:
-                    continue
-                kind = "plain" if plain else "general"
-                gated = dtype == "bfloat16" and plain
-                call = partial(_compile_backward, width, dtype, plain)
+                gated = dtype == "bfloat16" and kind == "plain"
+                call = partial(_compile_backward, width, dtype, kind)
                 name = f"D={width} {dtype} {kind}"
                 yield Case(op, name, call, width, gated, tensor_cores=True, compiled=True)
