@@ -36,12 +36,11 @@ from .attention_passes import (
     load_keys,
     load_queries,
     over_delta,
-    products_of,
     weight_tile,
 )
 from .attention_rows import gradient_pass
 from .attention_sums import sum_bias, sum_relative_bias
-from .attention_tiles import holds_products, key_at, load_rows, query_at, store_rows
+from .attention_tiles import holds_products, key_at, load_rows, query_at, row_products, store_rows
 from .configs import AttentionBwdConfig, attention_bwd_config
 from .launch import MAX_GRID, MULTIPLY_ADDS, arch, ceil_div, on_device
 from .masks import (
@@ -92,7 +91,7 @@ def _add_key_gradients(
         queries = load_queries(
             call, scores, head, m0, EDGE, QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, True
         )
-        products = products_of(queries.query, k, True)
+        products = row_products(call, k, queries.query)
         w, slope = weight_tile(call, head, products, queries, keys, EDGE)
         keep = keep_of(call, head, queries, keys, threshold, BLOCK_M, BLOCK_N, True)
         if not DV_LAST:
@@ -150,7 +149,7 @@ def _add_query_gradients(
     for index in range(block_count(blocks, EDGE, BLOCK_N)):
         n0 = block_start(blocks, index, EDGE, BLOCK_N)
         keys = load_keys(call, head, n0, EDGE, ALIGN, D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV)
-        products = products_of(queries.query, keys.key, False)
+        products = row_products(call, queries.query, keys.key)
         w, slope = weight_tile(call, head, products, queries, keys, EDGE)
         keep = keep_of(call, head, queries, keys, threshold, BLOCK_M, BLOCK_N, False)
         over = over_delta(call, scores, head, queries, keys, keep, False)

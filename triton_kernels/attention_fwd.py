@@ -27,6 +27,7 @@ from .attention_tiles import (
     key_at,
     load_rows,
     query_at,
+    row_products,
     rows_apart,
     score_tile,
     signed_query,
@@ -124,7 +125,7 @@ def _edge_blocks(
             k = _load_block(call, head.b, head.h_kv, descriptors[1], n0, BLOCK_N, BLOCK_D)
         else:
             k = load_rows(call.key, key, n0, real, D, BLOCK_N, BLOCK_D, ALIGN)
-        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        products = row_products(call, q, k)
         scores = score_tile(call, head, products, offs_m[:, None], offs_n[None, :])
         scores = hide(call, head, scores, offs_m[:, None], offs_n[None, :], real[None, :])
         exponents, rescale, row_max = _exponents(call, scores, row_max, FUSED)
@@ -150,7 +151,7 @@ def _full_blocks(
         for n0 in range(begin, end, BLOCK_N):
             offs_n = n0 + tl.arange(0, BLOCK_N)
             k = load_rows(call.key, key, n0, None, D, BLOCK_N, BLOCK_D, ALIGN)
-            products = tl.dot(q, tl.trans(k), input_precision="ieee")
+            products = row_products(call, q, k)
             scores = score_tile(call, head, products, offs_m[:, None], offs_n[None, :])
             exponents, rescale, row_max = _exponents(call, scores, row_max, FUSED)
             p, acc, row_sum = _fold(call, head, exponents, rescale, acc, row_sum, offs_m, n0, threshold)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .attention_tiles import (
+    chained,
     hide,
     keep_tile,
     key_at,
@@ -155,20 +156,21 @@ def load_keys(
 
 
 @triton.jit
-def products_of(of_queries, of_keys, TRANSPOSED: tl.constexpr):
-    if TRANSPOSED:
-        return tl.dot(of_keys, tl.trans(of_queries), input_precision="ieee")
-    else:
-        return tl.dot(of_queries, tl.trans(of_keys), input_precision="ieee")
-
-
-@triton.jit
 def _products_by_columns(
-    queries, query, m0, in_rows, keys, key, n0, real, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+    queries, query, m0, in_rows, keys, key, n0, real, CHAINED: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Products [BLOCK_M, BLOCK_N] of rows of which registers hold few columns at a time. The rows begin at
-    elements `query` of queries and `key` of keys."""
+    elements `query` of queries and `key` of keys; CHAINED columns are summed apart from those after."""
+    if WIDTH > CHAINED:
+        first = _products_by_columns(
+            queries, query, m0, in_rows, keys, key, n0, real, CHAINED, CHAINED, BLOCK_W, BLOCK_M, BLOCK_N,
+            ALIGN,
+        )  # fmt: skip
+        return first + _products_by_columns(
+            queries, query + CHAINED, m0, in_rows, keys, key + CHAINED, n0, real, CHAINED, WIDTH - CHAINED,
+            BLOCK_W, BLOCK_M, BLOCK_N, ALIGN,
+        )  # fmt: skip
     BITS: tl.constexpr = queries.ptr.dtype.element_ty.primitive_bitwidth
     # ptxas keeps the loop over two pieces of 128 columns; that over four of 64 it unrolls, and spills up to
     # 32 bytes.
@@ -201,7 +203,7 @@ def tile_by_itself(
     keys = Keys(n0, offs_n[None, :], real[None, :], None, None)
     products = _products_by_columns(
         call.query, query_at(call.query, head, ALIGN), m0, in_rows, call.key, key_at(call.key, head, ALIGN),
-        n0, real, D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN,
+        n0, real, chained(call, BLOCK_D), D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN,
     )  # fmt: skip
     w, _ = weight_tile(call, head, signed_query(products, QUERY_SIGN), queries, keys, True)
     if scores.grad_out is None:
@@ -210,7 +212,7 @@ def tile_by_itself(
     else:
         dw = _products_by_columns(
             scores.grad_out, query_at(scores.grad_out, head, ALIGN), m0, in_rows, call.value,
-            key_at(call.value, head, ALIGN), n0, real, D_v, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN,
+            key_at(call.value, head, ALIGN), n0, real, D_v, D_v, BLOCK_DV, BLOCK_M, BLOCK_N, ALIGN,
         )  # fmt: skip
         keep = keep_of(call, head, queries, keys, threshold, BLOCK_M, BLOCK_N, False)
         return queries.terms, w, weights_gradient(call, scores, head, dw, queries, keys, keep)
@@ -266,7 +268,10 @@ def weights_gradient(call, scores, head, dw, queries, keys, keep):
 def over_delta(call, scores, head, queries, keys, keep, TRANSPOSED: tl.constexpr):
     """The gradient of the weights less delta."""
     if TRANSPOSED or call.seed_ptr is not None or scores.grad_weights is not None:
-        dw = products_of(queries.grad_out, keys.value, TRANSPOSED)
+        if TRANSPOSED:
+            dw = tl.dot(keys.value, tl.trans(queries.grad_out), input_precision="ieee")
+        else:
+            dw = tl.dot(queries.grad_out, tl.trans(keys.value), input_precision="ieee")
         return weights_gradient(call, scores, head, dw, queries, keys, keep) - queries.terms.delta
     else:  # Products that start from -delta save a subtraction; in the other orientation ptxas spills for it.
         start = tl.broadcast_to(-queries.terms.delta, [queries.m.shape[0], keys.n.shape[1]])

@@ -72,19 +72,32 @@ _PLAIN = {
 # ptxas spills 32 bytes and more with 4 warps there.
 for _target in ("sm_86", "sm_89", "sm_120"):
     _PLAIN[_target] = _PLAIN["sm_80"] | {64: (AttentionFwdConfig(128, 64, 8, 2, 2, False),) * 3}
-# There edges in two stages spill 424 bytes.
+# Edges in two stages spill 8 bytes there of packed calls, and of the widest heads that do not fill a tile.
+for _target in ("sm_86", "sm_89"):
+    _of_128, _of_256 = (_PLAIN["sm_80"][_width] for _width in (128, 256))
+    _PLAIN[_target] |= {
+        128: (_of_128[0], *(config._replace(edge_stages=1) for config in _of_128[1:])),
+        256: tuple(config._replace(edge_stages=1) for config in _of_256),
+    }
+# There edges in two stages spill 424 bytes, and 128 keys of two bounded sides 32.
 for _target in ("sm_100", "sm_103"):
-    _narrow = (AttentionFwdConfig(128, 64, 4, 2, 1, False), *_PLAIN["sm_80"][64][1:])
+    _narrow = (AttentionFwdConfig(128, 64, 4, 2, 1, False), _PLAIN["sm_80"][64][1])
+    _narrow = (*_narrow, AttentionFwdConfig(128, 64, 8, 2, 1, False))
     _PLAIN[_target] = _PLAIN["sm_80"] | {64: _narrow}
 # The same for calls with more in a score's way, whose tiles need registers for it.
 _MORE = {
-    "sm_80": {
+    "any": {
         64: AttentionFwdConfig(64, 64, 4, 2, 2, False),
         128: AttentionFwdConfig(64, 64, 8, 2, 2, False),
         256: AttentionFwdConfig(64, 32, 8, 2, 2, False),
     }
 }
-_MORE["sm_120"] = _MORE["sm_80"] | {64: AttentionFwdConfig(64, 32, 4, 2, 2, False)}  # 64 keys spill 24 bytes
+# There two stages spill 8 bytes with every argument.
+_MORE["sm_80"] = _MORE["any"] | {256: AttentionFwdConfig(64, 32, 8, 3, 3, False)}
+_MORE["sm_120"] = _MORE["any"] | {64: AttentionFwdConfig(64, 32, 4, 2, 2, False)}  # 64 keys spill 24 bytes
+# There two stages spill 16 bytes beside a key mask.
+for _target in ("sm_100", "sm_103"):
+    _MORE[_target] = _MORE["any"] | {128: AttentionFwdConfig(64, 64, 8, 3, 3, False)}
 # {target: {width: tiles of plain calls whose heads fill the width, and of others, which spill up to 136 bytes
 # in the former}}. Products of single numbers hold whole rows of both operands in registers: 4 warps spill 256
 # bytes. At 64 one stage spills 16 bytes on sm_100. With every argument the widest still spill 8 bytes on
@@ -130,7 +143,7 @@ def attention_fwd_config(
     elif plain:
         config = _PLAIN.get(target, _PLAIN["sm_80"])[width][sides]
     else:
-        config = _MORE.get(target, _MORE["sm_80"])[width]
+        config = _MORE.get(target, _MORE["any"])[width]
     if few:
         config = config._replace(block_m=16, ahead=False)
         if itemsize == 2:
@@ -198,12 +211,9 @@ _FLOAT32_BWD = {
     128: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(16, 32, 8, 1)),
     256: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(16, 32, 16, 1)),
 }
-# 32 of the widest keys spill 24 bytes on sm_80, 89, 90 and 120. Fewer only in plain calls: dropout decides 32
-# at a time.
-_PLAIN_FLOAT32_BWD = _FLOAT32_BWD | {256: (AttentionBwdConfig(16, 16, 8, 1), _FLOAT32_BWD[256][1])}
-# There 32 keys of queries spill 348 bytes on gfx942, beside 512 registers; 16 take 358. NVIDIA's chips hold
-# both, and 16 take 1.7 times the instructions a key.
-_AMD_PLAIN_FLOAT32_BWD = _PLAIN_FLOAT32_BWD | {256: (AttentionBwdConfig(16, 16, 8, 1),) * 2}
+# 32 of the widest keys in two chains (see attention_tiles.chained) take 115 and 131 KB of shared memory; 16
+# take 82, and no more instructions a key. Fewer only in plain calls: dropout decides 32 at a time.
+_PLAIN_FLOAT32_BWD = _FLOAT32_BWD | {256: (AttentionBwdConfig(16, 16, 8, 1),) * 2}
 
 
 @functools.cache
@@ -217,8 +227,7 @@ def attention_bwd_config(
     width = max(width, 64)
     amd = target.startswith("gfx")
     if itemsize == 4:
-        of_plain = _AMD_PLAIN_FLOAT32_BWD if amd else _PLAIN_FLOAT32_BWD
-        configs = (of_plain if plain else _FLOAT32_BWD)[width]
+        configs = (_PLAIN_FLOAT32_BWD if plain else _FLOAT32_BWD)[width]
     elif plain:
         configs = _PLAIN_BWD.get(target, _PLAIN_BWD["sm_80"])[width]
         if irregular:
@@ -295,14 +304,21 @@ _UNALIGNED: dict[int, dict[str, tuple[GemmConfig, ...]]] = {
 _GEMM: dict[str, dict[int, dict[str, tuple[GemmConfig, ...]]]] = {
     "mma": {
         2: {"": _MMA, "hidden_gated": (GemmConfig(128, 64, 32, 4, 4, 2, 0.95), *_MMA[1:])},
-        4: {"": _FMA, "hidden_gated": _FMA_GATED},
+        # Of 64 x 64 two stages spill 8 and 16 bytes backward on sm_80 and sm_86.
+        4: {"": (_FMA[0], _FMA[1]._replace(num_stages=3)), "hidden_gated": _FMA_GATED},
     },
     "wgmma": {
         2: {"": _WGMMA, "hidden_gated": _WGMMA[1:], "hidden_bwd_gated": _WGMMA[1:]},
         4: {"": _FMA, "hidden_gated": _FMA_GATED},
     },
 }
-_FAMILY = {"sm_90": "wgmma", "sm_100": "wgmma", "sm_103": "wgmma"}
+# There sums come from tensor memory all at once: 128 x 256 spill up to 400 bytes of products without an
+# epilogue, and 64 x 64 in four stages 8.
+_plain = (_WGMMA[1], _WGMMA[2]._replace(num_stages=3), _FEW_ROWS)
+_GEMM["tcgen05"] = {2: _GEMM["wgmma"][2] | {"plain": _plain}, 4: _GEMM["wgmma"][4]}
+# There three stages of float32 spill 16 bytes.
+_GEMM["mma of sm_120"] = {2: _GEMM["mma"][2], 4: _GEMM["wgmma"][4]}
+_FAMILY = {"sm_90": "wgmma", "sm_100": "tcgen05", "sm_103": "tcgen05", "sm_120": "mma of sm_120"}
 # Columns of k below which another part costs more than it brings.
 _LEAST_DEPTH = 512
 

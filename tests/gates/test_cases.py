@@ -26,7 +26,6 @@ TABLES = {
         "_MORE_BWD",
         "_FLOAT32_BWD",
         "_PLAIN_FLOAT32_BWD",
-        "_AMD_PLAIN_FLOAT32_BWD",
     ),
     "feed_forward": ("_GEMM", "_UNALIGNED"),
 }
@@ -58,10 +57,9 @@ def stands_for(place, target):
     if name == "_IRREGULAR_BWD":
         return key == target
     if name in ("_PLAIN", "_MORE", "_FLOAT32", "_PLAIN_BWD", "_MORE_BWD"):
-        return key == (target if target in getattr(configs, name) else "sm_80")
-    if name == "_AMD_PLAIN_FLOAT32_BWD":
-        return target.startswith("gfx")
-    if name in ("_FLOAT32_FEW", "_PLAIN_FLOAT32_BWD"):
+        default = "any" if name == "_MORE" else "sm_80"
+        return key == (target if target in getattr(configs, name) else default)
+    if name == "_FLOAT32_FEW":
         return target.startswith("sm_")
     return name != "_GEMM" or key == configs._FAMILY.get(target, "mma")
 

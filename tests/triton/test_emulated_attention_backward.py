@@ -54,6 +54,14 @@ def test_head_dims(emulation, D, D_v, causal, dtype):
     judge_attention(inputs | {"causal": causal, "return_lse": True}, backend="triton")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("D", (64, 200))
+def test_one_key_weighs_one(emulation, D):
+    """Every pass adds up the products of float32 in one order: else the weight is not 1 to the last place."""
+    inputs = attention_inputs(1, 1, 20, 20, D, requires_grad=True)
+    judge_attention(inputs | {"window": (0, 0), "return_weights": True}, backend="triton")
+
+
 # Weights and every gradient: the interpreter takes much that the compiler refuses.
 @pytest.mark.parametrize(
     ("D", "D_v", "dtype"),
