@@ -75,15 +75,17 @@ for _target in ("sm_86", "sm_89", "sm_120"):
 # Edges in two stages spill 8 bytes there of packed calls, and of the widest heads that do not fill a tile.
 for _target in ("sm_86", "sm_89"):
     _of_128, _of_256 = (_PLAIN["sm_80"][_width] for _width in (128, 256))
+    _edges = _of_128[1]._replace(edge_stages=1)
     _PLAIN[_target] |= {
-        128: (_of_128[0], *(config._replace(edge_stages=1) for config in _of_128[1:])),
-        256: tuple(config._replace(edge_stages=1) for config in _of_256),
+        128: (_of_128[0], _edges, _edges),
+        256: (_of_256[0]._replace(edge_stages=1),) * 3,
     }
 # There edges in two stages spill 424 bytes, and 128 keys of two bounded sides 32.
 for _target in ("sm_100", "sm_103"):
-    _narrow = (AttentionFwdConfig(128, 64, 4, 2, 1, False), _PLAIN["sm_80"][64][1])
-    _narrow = (*_narrow, AttentionFwdConfig(128, 64, 8, 2, 1, False))
-    _PLAIN[_target] = _PLAIN["sm_80"] | {64: _narrow}
+    _narrow = AttentionFwdConfig(128, 64, 4, 2, 1, False)
+    _PLAIN[_target] = _PLAIN["sm_80"] | {
+        64: (_narrow, _PLAIN["sm_80"][64][1], _narrow._replace(num_warps=8)),
+    }
 # The same for calls with more in a score's way, whose tiles need registers for it.
 _MORE = {
     "any": {
