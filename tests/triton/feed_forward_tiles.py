@@ -13,11 +13,12 @@ TILES = range(
 )
 
 
-def use_tile(monkeypatch, tile, parts=1):
-    """Tile number `tile` of those that its kind of product has on the target, and K in so many parts."""
+def use_tile(monkeypatch, tile, parts=1, told=None):
+    """Tile number `tile` of those that its kind of product has on the target, or on the one that is told, and
+    K in so many parts."""
 
     def choose(arch, kind, itemsize, align, *_):
-        tiles = configs.gemm_tiles(arch, itemsize, align)
+        tiles = configs.gemm_tiles(told or arch, itemsize, align)
         of_kind = tiles.get(kind, tiles[""])
         return of_kind[min(tile, len(of_kind) - 1)], parts if kind == "plain" else 1
 

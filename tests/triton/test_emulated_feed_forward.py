@@ -69,6 +69,17 @@ def test_every_tile(emulation, monkeypatch, tile, activation, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("activation", ("gelu", "swiglu"))
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("told", "emulated"), (("sm_100", "sm_90"), ("gfx942", "sm_80")))
+def test_every_tile_of_other_targets(monkeypatch, told, emulated, tile, activation):
+    """In the code of a target that is emulated: what the tiles divide is the same."""
+    Emulation(monkeypatch, emulated)
+    use_tile(monkeypatch, tile, told=told)
+    judge_call(activation, 140, E=72, F=264, E_out=136, dtype=BF16, p=P)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", (BF16, F16, F32), ids=str)
 def test_every_activation(emulation, dtype, activation):
