@@ -215,7 +215,12 @@ _FLOAT32_BWD = {
 }
 # 32 of the widest keys in two chains (see attention_tiles.chained) take 115 and 131 KB of shared memory; 16
 # take 82, and no more instructions a key. Fewer only in plain calls: dropout decides 32 at a time.
-_PLAIN_FLOAT32_BWD = _FLOAT32_BWD | {256: (AttentionBwdConfig(16, 16, 8, 1),) * 2}
+_PLAIN_FLOAT32_BWD = {"sm_80": _FLOAT32_BWD | {256: (AttentionBwdConfig(16, 16, 8, 1),) * 2}}
+# There 8 warps spill 24 and 16 bytes of keys, where ptxas stops at 128 registers; 16 run 1.4 times the
+# instructions.
+_queries = _PLAIN_FLOAT32_BWD["sm_80"][256][1]
+for _target in ("sm_90", "sm_100", "sm_103"):
+    _PLAIN_FLOAT32_BWD[_target] = _FLOAT32_BWD | {256: (AttentionBwdConfig(16, 16, 16, 1), _queries)}
 
 
 @functools.cache
@@ -229,7 +234,8 @@ def attention_bwd_config(
     width = max(width, 64)
     amd = target.startswith("gfx")
     if itemsize == 4:
-        configs = (_PLAIN_FLOAT32_BWD if plain else _FLOAT32_BWD)[width]
+        of_plain = _PLAIN_FLOAT32_BWD.get(target, _PLAIN_FLOAT32_BWD["sm_80"])
+        configs = (of_plain if plain else _FLOAT32_BWD)[width]
     elif plain:
         configs = _PLAIN_BWD.get(target, _PLAIN_BWD["sm_80"])[width]
         if irregular:

@@ -56,7 +56,7 @@ def stands_for(place, target):
     name, key, *_ = place
     if name == "_IRREGULAR_BWD":
         return key == target
-    if name in ("_PLAIN", "_MORE", "_FLOAT32", "_PLAIN_BWD", "_MORE_BWD"):
+    if name in ("_PLAIN", "_MORE", "_FLOAT32", "_PLAIN_BWD", "_MORE_BWD", "_PLAIN_FLOAT32_BWD"):
         default = "any" if name == "_MORE" else "sm_80"
         return key == (target if target in getattr(configs, name) else default)
     if name == "_FLOAT32_FEW":
