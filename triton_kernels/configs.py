@@ -193,6 +193,9 @@ _PLAIN_BWD["sm_120"] = _PLAIN_BWD["sm_80"] | {128: (AttentionBwdConfig(32, 64, 8
 # Of keys of irregular calls, where those of _PLAIN_BWD spill 64 bytes packed and 48 not aligned; 16 queries
 # in 4 warps 0 and 24.
 _IRREGULAR_BWD = {"sm_90": {128: AttentionBwdConfig(32, 64, 8, 3)}}
+# There two stages spill 8 bytes packed.
+for _target in ("sm_100", "sm_103"):
+    _IRREGULAR_BWD[_target] = {64: AttentionBwdConfig(64, 128, 8, 3)}
 _MORE_BWD = {
     "sm_80": {
         64: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 64, 4, 1)),
