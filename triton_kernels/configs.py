@@ -190,6 +190,14 @@ _PLAIN_BWD = {
 # spill 24 and 64.
 _queries = _PLAIN_BWD["sm_80"][128][1]
 _PLAIN_BWD["sm_120"] = _PLAIN_BWD["sm_80"] | {128: (AttentionBwdConfig(32, 64, 8, 2), _queries)}
+# 64 keys of queries spill 2 KB there, beside 512 registers.
+_keys = _PLAIN_BWD["sm_80"][256][0]
+_PLAIN_BWD["gfx942"] = _PLAIN_BWD["sm_80"] | {256: (_keys, AttentionBwdConfig(32, 32, 8, 1))}
+# Two stages spill 8 bytes of causal calls there.
+_PLAIN_BWD["gfx950"] = _PLAIN_BWD["sm_80"] | {
+    _width: (_keys._replace(num_stages=1), _queries)
+    for _width, (_keys, _queries) in _PLAIN_BWD["sm_80"].items()
+}
 # Of keys of irregular calls, where those of _PLAIN_BWD spill 64 bytes packed and 48 not aligned; 16 queries
 # in 4 warps 0 and 24.
 _IRREGULAR_BWD = {"sm_90": {128: AttentionBwdConfig(32, 64, 8, 3)}}
