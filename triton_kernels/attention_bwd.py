@@ -40,7 +40,19 @@ from .attention_passes import (
 )
 from .attention_rows import gradient_pass
 from .attention_sums import sum_bias, sum_relative_bias
-from .attention_tiles import holds_products, key_at, load_rows, query_at, row_products, store_rows
+from .attention_tiles import (
+    add_rows,
+    holds_products,
+    key_at,
+    load_pieces,
+    load_rows,
+    query_at,
+    row_products,
+    scaled_pieces,
+    store_pieces,
+    store_rows,
+    zero_pieces,
+)
 from .configs import AttentionBwdConfig, attention_bwd_config
 from .launch import MAX_GRID, MULTIPLY_ADDS, arch, ceil_div, on_device
 from .masks import (
@@ -78,7 +90,7 @@ def _add_key_gradients(
     """What the full blocks of a group's queries, or the others, add to the gradients of keys n0 on."""
     # In float32 calls that are not plain dv comes last: else queries come from shared memory number by
     # number, at up to 255 registers, and spill 8 to 264 bytes. In plain calls that would take 2 KB more.
-    IS_FLOAT32: tl.constexpr = k.dtype.primitive_bitwidth == 32
+    IS_FLOAT32: tl.constexpr = k.first.dtype.primitive_bitwidth == 32
     DV_LAST: tl.constexpr = IS_FLOAT32 and (call.seed_ptr is not None or not holds_products(call))
     offs_n = n0 + tl.arange(0, BLOCK_N)
     for index in range(block_count(blocks, EDGE, BLOCK_M) * GROUP):
@@ -91,14 +103,14 @@ def _add_key_gradients(
         queries = load_queries(
             call, scores, head, m0, EDGE, QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, True
         )
-        products = row_products(call, k, queries.query)
+        products = row_products(k, queries.query)
         w, slope = weight_tile(call, head, products, queries, keys, EDGE)
         keep = keep_of(call, head, queries, keys, threshold, BLOCK_M, BLOCK_N, True)
         if not DV_LAST:
             dv = _add_value_gradients(call, w, keep, queries.grad_out, dv)
         over = over_delta(call, scores, head, queries, keys, keep, True)
         ds = gradient_tile(queries.terms, w, over, slope, EDGE)
-        dk = tl.dot(ds.to(k.dtype), queries.query, dk, input_precision="ieee")
+        dk = add_rows(dk, ds.to(k.first.dtype), queries.query)
         if DV_LAST:
             dv = _add_value_gradients(call, w, keep, queries.grad_out, dv)
     return dk, dv
@@ -117,9 +129,9 @@ def _key_gradients_kernel(
     b, h_kv = first_b + tl.program_id(2), tl.program_id(1)
     head = group_of(call, b, h_kv, M, N, H, left, right, lower_right, GROUP)
     in_keys = n0 + tl.arange(0, BLOCK_N) < head.N
-    k = load_rows(call.key, key_at(call.key, head, ALIGN), n0, in_keys, D, BLOCK_N, BLOCK_D, ALIGN)
+    k = load_pieces(call.key, key_at(call.key, head, ALIGN), n0, in_keys, D, BLOCK_N, BLOCK_D, ALIGN)
     v = load_rows(call.value, key_at(call.value, head, ALIGN), n0, in_keys, D_v, BLOCK_N, BLOCK_DV, ALIGN)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dk = zero_pieces(call.key, BLOCK_N, BLOCK_D)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     blocks = query_blocks(head, n0, BLOCK_M, BLOCK_N)
     if masks_keys(call):
@@ -133,8 +145,8 @@ def _key_gradients_kernel(
             call, scores, head, k, v, n0, blocks, dk, dv, threshold, False,
             QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, GROUP,
         )  # fmt: skip
-    dk *= call.scale
-    store_rows(grad_key, key_at(grad_key, head, ALIGN), n0, in_keys, dk, D, ALIGN)
+    dk = scaled_pieces(dk, call.scale)
+    store_pieces(grad_key, key_at(grad_key, head, ALIGN), n0, in_keys, dk, D, ALIGN)
     store_rows(grad_value, key_at(grad_value, head, ALIGN), n0, in_keys, dv, D_v, ALIGN)
 
 
@@ -149,7 +161,7 @@ def _add_query_gradients(
     for index in range(block_count(blocks, EDGE, BLOCK_N)):
         n0 = block_start(blocks, index, EDGE, BLOCK_N)
         keys = load_keys(call, head, n0, EDGE, ALIGN, D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV)
-        products = row_products(call, queries.query, keys.key)
+        products = row_products(queries.query, keys.key)
         w, slope = weight_tile(call, head, products, queries, keys, EDGE)
         keep = keep_of(call, head, queries, keys, threshold, BLOCK_M, BLOCK_N, False)
         over = over_delta(call, scores, head, queries, keys, keep, False)
@@ -160,7 +172,7 @@ def _add_query_gradients(
             offsets += keys.n.to(tl.int64) * grad_bias.stride_n
             inside = (queries.m < head.M) & (keys.n < head.N)
             tl.store(grad_bias.ptr + at + offsets, ds.to(grad_bias.ptr.dtype.element_ty), mask=inside)
-        dq = tl.dot((ds * slope).to(keys.key.dtype), keys.key, dq, input_precision="ieee")
+        dq = add_rows(dq, (ds * slope).to(keys.key.first.dtype), keys.key)
     return dq
 
 
@@ -184,7 +196,7 @@ def _query_gradients_kernel(
     queries = load_queries(
         call, scores, head, m0, True, QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, False
     )
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dq = zero_pieces(call.query, BLOCK_M, BLOCK_D)
     blocks = key_blocks(head, m0, BLOCK_M, BLOCK_N)
     if masks_keys(call):
         blocks = Blocks(blocks.begin, blocks.begin, blocks.begin, blocks.end)
@@ -197,9 +209,9 @@ def _query_gradients_kernel(
             call, scores, head, queries, grad_bias, blocks, dq, threshold, False,
             ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-    dq *= call.scale * QUERY_SIGN
-    at = query_at(grad_query, head, ALIGN)
-    store_rows(grad_query, at, m0, m0 + tl.arange(0, BLOCK_M) < head.M, dq, D, ALIGN)
+    dq = scaled_pieces(dq, call.scale * QUERY_SIGN)
+    at, in_rows = query_at(grad_query, head, ALIGN), m0 + tl.arange(0, BLOCK_M) < head.M
+    store_pieces(grad_query, at, m0, in_rows, dq, D, ALIGN)
 
 
 def attention_bwd(

@@ -21,10 +21,13 @@ import triton.language as tl
 from .attention_call import SIZES, AttentionCall, Rows, RowStats, attention_call, rows_of, stats_strides
 from .attention_tiles import (
     LOG2_E,
+    Pieces,
     hide,
+    holds_products,
     is_fused,
     keep_tile,
     key_at,
+    load_pieces,
     load_rows,
     query_at,
     row_products,
@@ -97,13 +100,13 @@ def _load_queries(
     """Queries offs_m, which but for OF_GROUP are those from m0 on, [BLOCK_M, BLOCK_D]."""
     if OF_GROUP:
         query, at = rows_apart(call.query, head, offs_m, ALIGN)
-        return load_rows(query, at, 0, offs_m < head.M, D, BLOCK_M, BLOCK_D, ALIGN)
+        return load_pieces(query, at, 0, offs_m < head.M, D, BLOCK_M, BLOCK_D, ALIGN)
     elif descriptors[0] is None:
         query = query_at(call.query, head, ALIGN)
-        return load_rows(call.query, query, m0, offs_m < head.M, D, BLOCK_M, BLOCK_D, ALIGN)
+        return load_pieces(call.query, query, m0, offs_m < head.M, D, BLOCK_M, BLOCK_D, ALIGN)
     else:  # rows past the last are of another sequence, or zeros
         first = head.first_query.to(tl.int32) + m0
-        return _load_block(call, head.b, head.h, descriptors[0], first, BLOCK_M, BLOCK_D)
+        return Pieces(_load_block(call, head.b, head.h, descriptors[0], first, BLOCK_M, BLOCK_D), None)
 
 
 @triton.jit
@@ -122,10 +125,10 @@ def _edge_blocks(
         offs_n = n0 + tl.arange(0, BLOCK_N)
         real = real_keys(call, head, offs_n)
         if BY_DESCRIPTOR:
-            k = _load_block(call, head.b, head.h_kv, descriptors[1], n0, BLOCK_N, BLOCK_D)
+            k = Pieces(_load_block(call, head.b, head.h_kv, descriptors[1], n0, BLOCK_N, BLOCK_D), None)
         else:
-            k = load_rows(call.key, key, n0, real, D, BLOCK_N, BLOCK_D, ALIGN)
-        products = row_products(call, q, k)
+            k = load_pieces(call.key, key, n0, real, D, BLOCK_N, BLOCK_D, ALIGN)
+        products = row_products(q, k)
         scores = score_tile(call, head, products, offs_m[:, None], offs_n[None, :])
         scores = hide(call, head, scores, offs_m[:, None], offs_n[None, :], real[None, :])
         exponents, rescale, row_max = _exponents(call, scores, row_max, FUSED)
@@ -150,8 +153,8 @@ def _full_blocks(
     if descriptors[0] is None:
         for n0 in range(begin, end, BLOCK_N):
             offs_n = n0 + tl.arange(0, BLOCK_N)
-            k = load_rows(call.key, key, n0, None, D, BLOCK_N, BLOCK_D, ALIGN)
-            products = row_products(call, q, k)
+            k = load_pieces(call.key, key, n0, None, D, BLOCK_N, BLOCK_D, ALIGN)
+            products = row_products(q, k)
             scores = score_tile(call, head, products, offs_m[:, None], offs_n[None, :])
             exponents, rescale, row_max = _exponents(call, scores, row_max, FUSED)
             p, acc, row_sum = _fold(call, head, exponents, rescale, acc, row_sum, offs_m, n0, threshold)
@@ -160,14 +163,14 @@ def _full_blocks(
     elif begin < end:
         first = head.first_key.to(tl.int32)
         k = _load_block(call, head.b, head.h_kv, descriptors[1], first + begin, BLOCK_N, BLOCK_D)
-        products = tl.dot(q, tl.trans(k))
+        products = tl.dot(q.first, tl.trans(k))
         scores = score_tile(call, head, products, offs_m[:, None], (begin + tl.arange(0, BLOCK_N))[None, :])
         exponents, rescale, row_max = _exponents(call, scores, row_max, FUSED)
         for n0 in range(begin, end - BLOCK_N, BLOCK_N):
             n1 = n0 + BLOCK_N
             k = _load_block(call, head.b, head.h_kv, descriptors[1], first + n1, BLOCK_N, BLOCK_D)
             v = _load_block(call, head.b, head.h_kv, descriptors[2], first + n0, BLOCK_N, BLOCK_DV)
-            products = tl.dot(q, tl.trans(k))
+            products = tl.dot(q.first, tl.trans(k))
             p, acc, row_sum = _fold(call, head, exponents, rescale, acc, row_sum, offs_m, n0, threshold)
             acc = tl.dot(p.to(v.dtype), v, acc)
             scores = score_tile(call, head, products, offs_m[:, None], (n1 + tl.arange(0, BLOCK_N))[None, :])
@@ -181,20 +184,24 @@ def _full_blocks(
 
 @triton.jit
 def _in_logits(row_max, row_sum, unit):
-    """The largest score in logits as float32 rounds it, and the sum that refers to it."""
+    """The largest score in logits as float32 rounds it, the factor that makes sums refer to that, and the
+    row's sum times this."""
     largest = row_max * unit
     rounding = tl.fma(row_max, tl.zeros_like(row_max) + unit, -largest)
     nothing = row_sum == 0
-    return tl.where(nothing, float("-inf"), largest), tl.where(nothing, 0.0, row_sum * (1.0 + rounding))
+    largest = tl.where(nothing, float("-inf"), largest)
+    return largest, 1.0 + rounding, tl.where(nothing, 0.0, row_sum * (1.0 + rounding))
 
 
 @triton.jit
 def _finish_rows(
-    call, head, h, out, stats, acc, row_max, row_sum, m0, offs_m, D_v: tl.constexpr, OF_GROUP: tl.constexpr
-):
-    """The sink joins the sum; writes out, lse and the statistics. h: each row's head; row_max in logits."""
+    call, head, h, out, stats, acc, factor, row_max, row_sum, m0, offs_m, D_v: tl.constexpr,
+    OF_GROUP: tl.constexpr,
+):  # fmt: skip
+    """The sink joins the sum; writes out, lse and the statistics. h: each row's head; factor: of acc, so that
+    it refers to row_max, in logits, as row_sum does; in a row of one key it is row_sum, and the weight 1."""
     in_rows = offs_m < head.M
-    rescale = call.dropout_scale
+    rescale = call.dropout_scale * factor
     if call.sink_ptr is not None:
         sink = tl.load(call.sink_ptr + h).to(tl.float32)
         largest = tl.maximum(row_max, sink)
@@ -295,18 +302,21 @@ def _attention_fwd_kernel(
             FUSED, ALIGN, D, D_v, BLOCK_N, BLOCK_D, BLOCK_DV, EDGE_STAGES,
         )  # fmt: skip
     row_sum = tl.sum(row_sum, 1)
-    if FUSED:
-        row_max, row_sum = _in_logits(row_max, row_sum, LN_2)
-    else:
-        row_max, row_sum = _in_logits(row_max, row_sum, tile_unit(call))
+    row_max, factor, row_sum = _in_logits(row_max, row_sum, LN_2 if FUSED else tile_unit(call))
+    # Logits do not round again, and 16-bit results round by far more.
+    ROUNDS: tl.constexpr = holds_products(call) and not FUSED
+    if not ROUNDS:
+        factor = 1.0
     if shares is None:
-        _finish_rows(call, head, h, out, stats, acc, row_max, row_sum, m0, offs_m, D_v, OF_GROUP)
+        _finish_rows(call, head, h, out, stats, acc, factor, row_max, row_sum, m0, offs_m, D_v, OF_GROUP)
     else:
         split = tl.program_id(0) // tiles
         first = head.b * stats.stride_b + h * stats.stride_h + head.first_query
         at = (first + offs_m) * splits + split
         tl.store(shares.max_ptr + at, row_max, mask=in_rows)
         tl.store(shares.sum_ptr + at, row_sum, mask=in_rows)
+        if ROUNDS:
+            acc *= tl.where(row_sum == 0, 1.0, factor)[:, None]
         columns = tl.arange(0, BLOCK_DV)
         pointers = shares.out_ptr + at[:, None] * D_v + columns[None, :]
         tl.store(pointers, acc, mask=in_rows[:, None] & (columns < D_v)[None, :])
@@ -346,7 +356,7 @@ def _combine_kernel(
         acc = acc * rescale[:, None] + tl.sum(share * weight[:, None], 0)[None, :]
         row_max = largest
     offs_m = m0 + tl.arange(0, 1)
-    _finish_rows(call, head, head.h, out, stats, acc, row_max, row_sum, m0, offs_m, D_v, False)
+    _finish_rows(call, head, head.h, out, stats, acc, 1.0, row_max, row_sum, m0, offs_m, D_v, False)
 
 
 def attention_fwd(

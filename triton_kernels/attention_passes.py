@@ -15,11 +15,13 @@ import triton
 import triton.language as tl
 
 from .attention_tiles import (
-    chained,
+    add_pieces,
     hide,
     keep_tile,
     key_at,
+    load_pieces,
     load_rows,
+    piece,
     query_at,
     score_tile_and_slope,
     signed_query,
@@ -67,7 +69,7 @@ class Queries(NamedTuple):
 
     m0: Any
     m: Any  # their numbers, along the tile's dimension
-    query: Any  # [BLOCK_M, BLOCK_D], signed
+    query: Any  # Pieces of [BLOCK_M, BLOCK_D], signed
     grad_out: Any  # None or [BLOCK_M, BLOCK_DV]
     terms: Any  # RowTerms
 
@@ -78,7 +80,7 @@ class Keys(NamedTuple):
     n0: Any
     n: Any  # their numbers, along the tile's dimension
     real: Any  # bool, likewise; see masks.real_keys
-    key: Any  # [BLOCK_N, BLOCK_D]
+    key: Any  # Pieces of [BLOCK_N, BLOCK_D]
     value: Any  # None or [BLOCK_N, BLOCK_DV]
 
 
@@ -133,7 +135,7 @@ def load_queries(
     in_rows = None
     if EDGE:
         in_rows = offs_m < head.M
-    q = load_rows(call.query, query_at(call.query, head, ALIGN), m0, in_rows, D, BLOCK_M, BLOCK_D, ALIGN)
+    q = load_pieces(call.query, query_at(call.query, head, ALIGN), m0, in_rows, D, BLOCK_M, BLOCK_D, ALIGN)
     from_row = query_at(scores.grad_out, head, ALIGN)
     grad_out = load_rows(scores.grad_out, from_row, m0, in_rows, D_v, BLOCK_M, BLOCK_DV, ALIGN)
     terms = _terms_of(scores, head, offs_m, in_rows, TRANSPOSED)
@@ -150,27 +152,27 @@ def load_keys(
     real = None
     if EDGE:
         real = real_keys(call, head, offs_n)
-    k = load_rows(call.key, key_at(call.key, head, ALIGN), n0, real, D, BLOCK_N, BLOCK_D, ALIGN)
+    k = load_pieces(call.key, key_at(call.key, head, ALIGN), n0, real, D, BLOCK_N, BLOCK_D, ALIGN)
     v = load_rows(call.value, key_at(call.value, head, ALIGN), n0, real, D_v, BLOCK_N, BLOCK_DV, ALIGN)
     return Keys(n0, along(offs_n, 1, False), along(real, 1, False), k, v)
 
 
 @triton.jit
 def _products_by_columns(
-    queries, query, m0, in_rows, keys, key, n0, real, CHAINED: tl.constexpr, WIDTH: tl.constexpr,
+    queries, query, m0, in_rows, keys, key, n0, real, PIECE: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Products [BLOCK_M, BLOCK_N] of rows of which registers hold few columns at a time. The rows begin at
-    elements `query` of queries and `key` of keys; CHAINED columns are summed apart from those after."""
-    if WIDTH > CHAINED:
+    elements `query` of queries and `key` of keys; PIECE columns are summed apart from those after."""
+    if WIDTH > PIECE:
         first = _products_by_columns(
-            queries, query, m0, in_rows, keys, key, n0, real, CHAINED, CHAINED, BLOCK_W, BLOCK_M, BLOCK_N,
-            ALIGN,
+            queries, query, m0, in_rows, keys, key, n0, real, PIECE, PIECE, BLOCK_W, BLOCK_M, BLOCK_N, ALIGN
+        )
+        rest = _products_by_columns(
+            queries, query + PIECE, m0, in_rows, keys, key + PIECE, n0, real, PIECE, WIDTH - PIECE, BLOCK_W,
+            BLOCK_M, BLOCK_N, ALIGN,
         )  # fmt: skip
-        return first + _products_by_columns(
-            queries, query + CHAINED, m0, in_rows, keys, key + CHAINED, n0, real, CHAINED, WIDTH - CHAINED,
-            BLOCK_W, BLOCK_M, BLOCK_N, ALIGN,
-        )  # fmt: skip
+        return add_pieces(first, rest)
     BITS: tl.constexpr = queries.ptr.dtype.element_ty.primitive_bitwidth
     # ptxas keeps the loop over two pieces of 128 columns; that over four of 64 it unrolls, and spills up to
     # 32 bytes.
@@ -203,9 +205,9 @@ def tile_by_itself(
     keys = Keys(n0, offs_n[None, :], real[None, :], None, None)
     products = _products_by_columns(
         call.query, query_at(call.query, head, ALIGN), m0, in_rows, call.key, key_at(call.key, head, ALIGN),
-        n0, real, chained(call, BLOCK_D), D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN,
+        n0, real, piece(call.query, BLOCK_D), D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN,
     )  # fmt: skip
-    w, _ = weight_tile(call, head, signed_query(products, QUERY_SIGN), queries, keys, True)
+    w, _ = weight_tile(call, head, products * QUERY_SIGN, queries, keys, True)
     if scores.grad_out is None:
         kept = dropped(call, w, keep_of(call, head, queries, keys, threshold, BLOCK_M, BLOCK_N, False))
         return queries.terms, kept, kept

@@ -8,16 +8,19 @@ either orientation, uses the same functions, so that all of them see the same nu
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from .attention_call import LOG2_E as _LOG2_E
 from .attention_call import Rows
-from .masks import masks_keys, visible
+from .masks import visible
 from .philox import matrix_keep
 from .tiles import aligned
 
 LOG2_E: tl.constexpr = tl.constexpr(_LOG2_E)
+PIECE: tl.constexpr = tl.constexpr(128)
 
 
 @triton.jit
@@ -67,6 +70,90 @@ def store_rows(rows, at, start, real, values, WIDTH: tl.constexpr, ALIGN: tl.con
     tl.store(pointers, values.to(rows.ptr.dtype.element_ty), mask=mask)
 
 
+class Pieces(NamedTuple):
+    """A tile of queries or of keys, [BLOCK, BLOCK_D], or of sums of such rows: all columns, or PIECE columns
+    and the rest."""
+
+    first: Any
+    rest: Any  # or None
+
+
+@triton.jit
+def piece(rows, BLOCK_D: tl.constexpr):
+    """How many columns of q·k are one chain of multiply-adds, in every pass over the scores: 256 of float32
+    end up twice as far from exact as torch's sums in blocks. Known when a kernel is compiled."""
+    IS_FLOAT32: tl.constexpr = rows.ptr.dtype.element_ty.primitive_bitwidth == 32
+    return PIECE if IS_FLOAT32 and BLOCK_D > PIECE else BLOCK_D
+
+
+@triton.jit
+def load_pieces(
+    rows, at, start, real, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr
+):
+    """As load_rows, of queries or keys."""
+    FIRST: tl.constexpr = piece(rows, BLOCK_D)
+    if BLOCK_D == FIRST:
+        return Pieces(load_rows(rows, at, start, real, D, BLOCK, BLOCK_D, ALIGN), None)
+    else:
+        first = load_rows(rows, at, start, real, FIRST, BLOCK, FIRST, ALIGN)
+        rest = load_rows(rows, at + FIRST, start, real, D - FIRST, BLOCK, BLOCK_D - FIRST, ALIGN)
+        return Pieces(first, rest)
+
+
+@triton.jit
+def zero_pieces(rows, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Sums of rows, float32."""
+    FIRST: tl.constexpr = piece(rows, BLOCK_D)
+    first = tl.zeros([BLOCK, FIRST], tl.float32)
+    if BLOCK_D == FIRST:
+        return Pieces(first, None)
+    else:
+        return Pieces(first, tl.zeros([BLOCK, BLOCK_D - FIRST], tl.float32))
+
+
+@triton.jit
+def store_pieces(rows, at, start, real, values, D: tl.constexpr, ALIGN: tl.constexpr):
+    """As store_rows."""
+    FIRST: tl.constexpr = values.first.shape[1]
+    if values.rest is None:
+        store_rows(rows, at, start, real, values.first, D, ALIGN)
+    else:
+        store_rows(rows, at, start, real, values.first, FIRST, ALIGN)
+        store_rows(rows, at + FIRST, start, real, values.rest, D - FIRST, ALIGN)
+
+
+@triton.jit
+def scaled_pieces(values, factor):
+    """values * factor, as values' dtype has it."""
+    first = (values.first * factor).to(values.first.dtype)
+    return Pieces(first, None if values.rest is None else (values.rest * factor).to(values.rest.dtype))
+
+
+@triton.jit
+def add_pieces(a, b):
+    """A sum that no compiler takes for one chain: Triton adds a product to another's sums where it sees +."""
+    return tl.fma(a, tl.full(a.shape, 1.0, tl.float32), b)
+
+
+@triton.jit
+def row_products(a, b):
+    """a b^T of rows [A, BLOCK_D] and [B, BLOCK_D], queries and keys in either order."""
+    products = tl.dot(a.first, tl.trans(b.first), input_precision="ieee")
+    if a.rest is not None:
+        products = add_pieces(products, tl.dot(a.rest, tl.trans(b.rest), input_precision="ieee"))
+    return products
+
+
+@triton.jit
+def add_rows(sums, factors, rows):
+    """sums + factors rows; factors [A, B], rows [B, BLOCK_D]."""
+    first = tl.dot(factors, rows.first, sums.first, input_precision="ieee")
+    if rows.rest is None:
+        return Pieces(first, None)
+    else:
+        return Pieces(first, tl.dot(factors, rows.rest, sums.rest, input_precision="ieee"))
+
+
 @triton.jit
 def query_at(rows, head, ALIGN: tl.constexpr):
     """Where the head's rows begin in query, out or a gradient of theirs: an offset in elements, for each row
@@ -93,39 +180,13 @@ def key_at(rows, head, ALIGN: tl.constexpr):
 @triton.jit
 def signed_query(q, QUERY_SIGN: tl.constexpr):
     """The queries as products want them, which makes the scale positive."""
-    if QUERY_SIGN == 1:
-        return q
-    else:
-        return (q * QUERY_SIGN).to(q.dtype)
+    return q if QUERY_SIGN == 1 else scaled_pieces(q, QUERY_SIGN)
 
 
 @triton.jit
 def holds_products(call):
     """Whether tiles hold bare products. Known when a kernel is compiled."""
     return call.softcap is None and call.bias is None and call.relative_bias_ptr is None
-
-
-@triton.jit
-def chained(call, BLOCK_D: tl.constexpr):
-    """How many columns of a query and a key one chain of multiply-adds takes, every pass over the scores the
-    same. 256 of float32 end up twice as far from exact as torch's sums in blocks. (But only plain calls have
-    shared memory for two chains on chips with 99 KB.) Known when a kernel is compiled."""
-    IS_FLOAT32: tl.constexpr = call.query.ptr.dtype.element_ty.primitive_bitwidth == 32
-    IS_PLAIN: tl.constexpr = holds_products(call) and call.seed_ptr is None and not masks_keys(call)
-    return 128 if IS_FLOAT32 and IS_PLAIN and BLOCK_D > 128 else BLOCK_D
-
-
-@triton.jit
-def row_products(call, a, b):
-    """a b^T of rows [A, BLOCK_D] and [B, BLOCK_D], queries and keys in either order."""
-    CHAINED: tl.constexpr = chained(call, a.shape[1])
-    if a.shape[1] > CHAINED:
-        CHAINS: tl.constexpr = a.shape[1] // CHAINED
-        a = tl.trans(tl.reshape(a, [a.shape[0], CHAINS, CHAINED]), 1, 0, 2)
-        b = tl.trans(tl.reshape(b, [b.shape[0], CHAINS, CHAINED]), 1, 2, 0)
-        return tl.sum(tl.dot(a, b, input_precision="ieee"), 0)
-    else:
-        return tl.dot(a, tl.trans(b), input_precision="ieee")
 
 
 @triton.jit

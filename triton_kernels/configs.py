@@ -100,29 +100,20 @@ _MORE["sm_120"] = _MORE["any"] | {64: AttentionFwdConfig(64, 32, 4, 2, 2, False)
 # There two stages spill 16 bytes beside a key mask.
 for _target in ("sm_100", "sm_103"):
     _MORE[_target] = _MORE["any"] | {128: AttentionFwdConfig(64, 64, 8, 3, 3, False)}
-# {target: {width: tiles of plain calls whose heads fill the width, and of others, which spill up to 136 bytes
-# in the former}}. Products of single numbers hold whole rows of both operands in registers: 4 warps spill 256
-# bytes. At 64 one stage spills 16 bytes on sm_100. With every argument the widest still spill 8 bytes on
-# sm_80: two stages 16, 16 warps 200, 64 keys 264, and fewer than 32 cannot be, because dropout decides 32 at
-# a time.
+# {width: tiles of plain calls whose heads fill the width, and of others, which spill up to 136 bytes in the
+# former}. Products of single numbers hold rows of both operands in registers: 4 warps spill 256 bytes. At 64
+# one stage spills 16 bytes on sm_100.
 _FLOAT32 = {
-    "sm_80": {
-        64: (AttentionFwdConfig(64, 32, 8, 2, 2, False), AttentionFwdConfig(32, 32, 8, 1, 1, False)),
-        128: (AttentionFwdConfig(32, 32, 8, 1, 1, False), AttentionFwdConfig(16, 32, 8, 1, 1, False)),
-        256: (AttentionFwdConfig(16, 32, 8, 1, 1, False),) * 2,
-    }
+    64: (AttentionFwdConfig(64, 32, 8, 2, 2, False), AttentionFwdConfig(32, 32, 8, 1, 1, False)),
+    128: (AttentionFwdConfig(32, 32, 8, 1, 1, False), AttentionFwdConfig(16, 32, 8, 1, 1, False)),
+    256: (AttentionFwdConfig(16, 32, 8, 1, 1, False),) * 2,
 }
-# There it is one stage that spills, 8 and 24 bytes on sm_100 and sm_89. AMD's have too little shared memory.
-for _target in ("sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120"):
-    _widest = (AttentionFwdConfig(16, 32, 8, 1, 1, False), AttentionFwdConfig(16, 32, 8, 2, 2, False))
-    _FLOAT32[_target] = _FLOAT32["sm_80"] | {256: _widest}
 # The same of few queries on NVIDIA's chips. At 64 one stage spills 16 bytes of plain calls on sm_90, where
-# ptxas stops at 128 registers. At 256 with every argument 8 warps spill 24 to 40 bytes in one stage on all
-# chips but sm_80, and 48 in two on sm_90; 16 warps in two stages take 100 to 128 registers.
+# ptxas stops at 128 registers. At 256 a tile of 16 spills 16 to 24 with every argument.
 _FLOAT32_FEW = {
     64: (AttentionFwdConfig(16, 32, 8, 2, 2, False),) * 2,
     128: (AttentionFwdConfig(16, 32, 8, 1, 1, False),) * 2,
-    256: (AttentionFwdConfig(16, 32, 8, 1, 1, False), AttentionFwdConfig(16, 32, 16, 2, 2, False)),
+    256: (AttentionFwdConfig(8, 32, 8, 1, 1, False),) * 2,
 }
 FEW_QUERIES = 16
 
@@ -140,14 +131,13 @@ def attention_fwd_config(
     width = max(width, 64)
     few, nvidia = M <= FEW_QUERIES, target.startswith("sm_")
     if itemsize == 4:
-        table = _FLOAT32_FEW if few and nvidia else _FLOAT32.get(target, _FLOAT32["sm_80"])
-        config = table[width][not plain]
+        config = (_FLOAT32_FEW if few and nvidia else _FLOAT32)[width][not plain]
     elif plain:
         config = _PLAIN.get(target, _PLAIN["sm_80"])[width][sides]
     else:
         config = _MORE.get(target, _MORE["any"])[width]
     if few:
-        config = config._replace(block_m=16, ahead=False)
+        config = config._replace(block_m=min(16, config.block_m), ahead=False)
         if itemsize == 2:
             config = config._replace(num_warps=4)
     if not nvidia and config.num_warps == 8:
@@ -220,18 +210,23 @@ _MORE_BWD["sm_90"] = _MORE_BWD["sm_80"] | {128: (AttentionBwdConfig(32, 32, 4, 2
 # 4 warps spill a kilobyte, and 32 queries 16 to 9200 bytes. At 64, of queries, one stage spills 16 bytes on
 # sm_120, where ptxas stops at 128 registers, and plain calls take 176 of them; two take 98 and 110.
 _FLOAT32_BWD = {
-    64: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 2)),
-    128: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(16, 32, 8, 1)),
-    256: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(16, 32, 16, 1)),
+    "sm_80": {
+        64: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 2)),
+        128: (AttentionBwdConfig(16, 32, 8, 1),) * 2,
+        256: (AttentionBwdConfig(16, 32, 8, 1),) * 2,
+    }
 }
-# 32 of the widest keys in two chains (see attention_tiles.chained) take 115 and 131 KB of shared memory; 16
-# take 82, and no more instructions a key. Fewer only in plain calls: dropout decides 32 at a time.
-_PLAIN_FLOAT32_BWD = {"sm_80": _FLOAT32_BWD | {256: (AttentionBwdConfig(16, 16, 8, 1),) * 2}}
-# There 8 warps spill 24 and 16 bytes of keys, where ptxas stops at 128 registers; 16 run 1.4 times the
-# instructions.
-_queries = _PLAIN_FLOAT32_BWD["sm_80"][256][1]
-for _target in ("sm_90", "sm_100", "sm_103"):
-    _PLAIN_FLOAT32_BWD[_target] = _FLOAT32_BWD | {256: (AttentionBwdConfig(16, 16, 16, 1), _queries)}
+# 16 queries spill 8 to 248 bytes there, of keys, and with a mask take 1 KB more shared memory than chips with
+# 99 have; 8 run 1.13 times the instructions. In one stage 8 of keys spill 8 bytes on sm_86 and sm_89, where
+# ptxas stops at 128 registers; 8 of queries on sm_80.
+_few = (AttentionBwdConfig(8, 32, 8, 2), AttentionBwdConfig(8, 32, 8, 1))
+for _target in ("sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120"):
+    _FLOAT32_BWD[_target] = _FLOAT32_BWD["sm_80"] | {256: _few}
+# One stage spills 112 and 428 bytes there with every argument.
+_FLOAT32_BWD["gfx950"] = _FLOAT32_BWD["sm_80"] | {256: (AttentionBwdConfig(16, 32, 8, 2),) * 2}
+# In place of those, for plain calls: half of the keys leave shared memory for two programs of a
+# multiprocessor, with a tenth more instructions a key. Where dropout decides 32 at a time there must be 32.
+_PLAIN_FLOAT32_BWD = {256: (AttentionBwdConfig(16, 16, 8, 1),) * 2}
 
 
 @functools.cache
@@ -245,8 +240,9 @@ def attention_bwd_config(
     width = max(width, 64)
     amd = target.startswith("gfx")
     if itemsize == 4:
-        of_plain = _PLAIN_FLOAT32_BWD.get(target, _PLAIN_FLOAT32_BWD["sm_80"])
-        configs = (of_plain if plain else _FLOAT32_BWD)[width]
+        configs = _FLOAT32_BWD.get(target, _FLOAT32_BWD["sm_80"])[width]
+        if plain:
+            configs = _PLAIN_FLOAT32_BWD.get(width, configs)
     elif plain:
         configs = _PLAIN_BWD.get(target, _PLAIN_BWD["sm_80"])[width]
         if irregular:

@@ -54,10 +54,8 @@ def test_full_and_edge_blocks(emulation):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True, reason="q k is one chain of 256 multiply-adds where attention_tiles.chained says"
-)
 def test_a_mask_of_wide_float32_heads(monkeypatch):
+    """Which a product of one chain of multiply-adds misses: 3.7e-6, and 2.3e-6 are allowed."""
     Emulation(monkeypatch, "sm_80")
     inputs = attention_inputs(1, 2, 1, 300, 256, H_kv=1) | {"mask": Draw(F32).bools(1, 1, 1, 300)}
     judge_attention(inputs | {"return_lse": True}, backend="triton")

@@ -55,11 +55,13 @@ def test_head_dims(emulation, D, D_v, causal, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("D", (64, 200))
-def test_one_key_weighs_one(emulation, D):
+@pytest.mark.parametrize("softcap", (None, 5.0))
+@pytest.mark.parametrize("D", (64, 136, 200))
+def test_one_key_weighs_one(emulation, D, softcap):
     """Every pass adds up the products of float32 in one order: else the weight is not 1 to the last place."""
     inputs = attention_inputs(1, 1, 20, 20, D, requires_grad=True)
-    judge_attention(inputs | {"window": (0, 0), "return_weights": True}, backend="triton")
+    inputs |= {"window": (0, 0), "softcap": softcap, "return_weights": True}
+    judge_attention(inputs, backend="triton")
 
 
 # Weights and every gradient: the interpreter takes much that the compiler refuses.
