@@ -40,6 +40,8 @@ def _arguments(dtype: torch.dtype, D: int, D_v: int, mode: str, M: int = LENGTH)
     mask = padding = lengths = bias = relative_bias = sink = seed = softcap = None
     if mode == "key mask":
         mask = _empty(B, 1, 1, N, dtype=torch.bool)
+    if mode == "mask":
+        mask = _empty(B, 1, M, N, dtype=torch.bool)
     if mode in ("lengths", "everything"):
         lengths, sink = _empty(B, dtype=torch.int64), _empty(H, dtype=dtype)
     if mode == "everything":
@@ -103,6 +105,7 @@ def _calls(op: str) -> Iterator[tuple[torch.dtype, int, int, str]]:
             yield BF16, D, D, "packed"
             yield BF16, D, D, "lengths"
         yield BF16, 128, 128, "key mask"
+        yield F32, 256, 256, "mask"  # takes more shared memory than everything at once
         yield F16, 128, 128, "plain"
 
 
