@@ -96,6 +96,9 @@ _MORE = {
 }
 # There two stages spill 8 bytes with every argument.
 _MORE["sm_80"] = _MORE["any"] | {256: AttentionFwdConfig(64, 32, 8, 3, 3, False)}
+# There edges in two stages spill 8 bytes under a softcap.
+for _target in ("sm_86", "sm_89"):
+    _MORE[_target] = _MORE["any"] | {128: AttentionFwdConfig(64, 64, 8, 2, 1, False)}
 _MORE["sm_120"] = _MORE["any"] | {64: AttentionFwdConfig(64, 32, 4, 2, 2, False)}  # 64 keys spill 24 bytes
 # There two stages spill 16 bytes beside a key mask.
 for _target in ("sm_100", "sm_103"):
@@ -222,6 +225,10 @@ _FLOAT32_BWD = {
 _few = (AttentionBwdConfig(8, 32, 8, 2), AttentionBwdConfig(8, 32, 8, 1))
 for _target in ("sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120"):
     _FLOAT32_BWD[_target] = _FLOAT32_BWD["sm_80"] | {256: _few}
+# There one stage of queries spills 8 bytes with a mask: ptxas stops at 64 registers.
+_keys = _FLOAT32_BWD["sm_80"][128][0]
+for _target in ("sm_86", "sm_89"):
+    _FLOAT32_BWD[_target][128] = (_keys, AttentionBwdConfig(16, 32, 8, 2))
 # One stage spills 112 and 428 bytes there with every argument.
 _FLOAT32_BWD["gfx950"] = _FLOAT32_BWD["sm_80"] | {256: (AttentionBwdConfig(16, 32, 8, 2),) * 2}
 # In place of those, for plain calls: half of the keys leave shared memory for two programs of a
