@@ -55,9 +55,10 @@ def test_full_and_edge_blocks(emulation):
 
 @pytest.mark.slow
 def test_a_mask_of_wide_float32_heads(monkeypatch):
-    """Which a product of one chain of multiply-adds misses: 3.7e-6, and 2.3e-6 are allowed."""
+    """Of which a product in one chain of multiply-adds misses the rule, out by 1.7 times what is allowed."""
     Emulation(monkeypatch, "sm_80")
-    inputs = attention_inputs(1, 2, 1, 300, 256, H_kv=1) | {"mask": Draw(F32).bools(1, 1, 1, 300)}
+    inputs = attention_inputs(1, 16, 1, 300, 256) | {"mask": Draw(F32).bools(1, 1, 1, 300)}
+    inputs |= {name: inputs[name] * 1.7 for name in ("query", "key")}
     judge_attention(inputs | {"return_lse": True}, backend="triton")
 
 
