@@ -2,12 +2,9 @@
 
 Its bfloat16 arithmetic, elementwise and in products, takes the bits for integers: here operands are widened,
 which is exact, and what an operator gives is rounded once. From float32 it cuts bits off: here it rounds to
-nearest. It exchanges the members of triton.language at every call of a jitted function, where once a launch
-is enough, which is half of its time, and looks at every sum of integers for an overflow, as compiled kernels
-do not: a third of what is left.
+nearest. And it exchanges the members of triton.language at every call of a jitted function, where once a
+launch is enough: that is half of its time.
 """
-
-from dataclasses import replace
 
 import numpy as np
 import triton.language as tl
@@ -54,5 +51,3 @@ def install():
     exchange = interpreter._patch_lang
     # Its scope, which changes back, is wanted of the launch alone, and then nothing is exchanged yet.
     interpreter._patch_lang = lambda fn: None if _is_exchanged(fn) else exchange(fn)
-    shared = interpreter.interpreter_builder
-    shared.options = replace(shared.options, sanitize_overflow=False)
