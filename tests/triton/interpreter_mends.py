@@ -2,12 +2,14 @@
 
 Its bfloat16 arithmetic, elementwise and in products, takes the bits for integers: here operands are widened,
 which is exact, and what an operator gives is rounded once. From float32 it cuts bits off: here it rounds to
-nearest. And it exchanges the members of triton.language at every call of a jitted function, where once a
-launch is enough: that is half of its time.
+nearest. It exchanges the members of triton.language at every call of a jitted function, where once a launch
+is enough: that is half of its time. Half of what is left goes into looking for overflows of integers of which
+nothing is then told: the assertion waits for an option, debug, that the interpreter never sets.
 """
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
@@ -51,3 +53,7 @@ def install():
     exchange = interpreter._patch_lang
     # Its scope, which changes back, is wanted of the launch alone, and then nothing is exchanged yet.
     interpreter._patch_lang = lambda fn: None if _is_exchanged(fn) else exchange(fn)
+    overflow = TritonSemantic.binary_op_sanitize_overflow_impl
+    TritonSemantic.binary_op_sanitize_overflow_impl = lambda self, lhs, rhs, op: (
+        overflow(self, lhs, rhs, op) if self.builder.options.debug else None
+    )
