@@ -114,6 +114,21 @@ class AttentionCall(NamedTuple):
         extras = (t.mask, t.key_mask, t.padding, t.bias, t.relative_bias_ptr, t.softcap, t.seed_ptr)
         return all(extra is None for extra in extras)
 
+    @property
+    def is_masked(self) -> bool:
+        """Whether a mask of single scores is read, and nothing dropped."""
+        return self.tensors.mask is not None and self.tensors.seed_ptr is None
+
+    @property
+    def sides(self) -> int:
+        """How many ends of a query's keys a window or causality bounds, or as many as have its registers."""
+        sides = sum(side is not None for side in self.sizes[4:6])
+        # Where heads end takes registers too: at D = 128 on sm_90 lengths spill 40 bytes ahead, 16 with one
+        # side.
+        if self.packed:
+            return max(sides, 1)
+        return sides if self.tensors.lengths_ptr is None else 2
+
 
 def with_contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

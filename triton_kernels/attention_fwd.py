@@ -388,17 +388,12 @@ def attention_fwd(
 
 
 def fwd_config(call: AttentionCall, target: str) -> AttentionFwdConfig:
-    sides = sum(side is not None for side in call.sizes[4:6])
-    # Where heads end takes registers too: at D = 128 on sm_90 lengths spill 40 bytes ahead, 16 with one side.
-    if call.packed:
-        sides = max(sides, 1)
-    elif call.tensors.lengths_ptr is not None:
-        sides = 2
     fills_tile = (call.D, call.D_v) == (call.flags["BLOCK_D"], call.flags["BLOCK_DV"])
     plain = call.is_plain and (call.dtype.itemsize == 2 or fills_tile)
-    config = attention_fwd_config(target, call.dtype.itemsize, call.widest, plain, sides, call.M)
+    of_target, rest = (target, call.dtype.itemsize, call.widest), (call.sides, call.M, call.is_masked)
+    config = attention_fwd_config(*of_target, plain, *rest)
     if config.ahead and not all(fits_descriptor(rows) for rows in call.tensors[:3]):
-        config = attention_fwd_config(target, call.dtype.itemsize, call.widest, False, sides, call.M)
+        config = attention_fwd_config(*of_target, False, *rest)
     return config
 
 

@@ -19,6 +19,7 @@ TABLES = {
     "attention": (
         "_PLAIN",
         "_MORE",
+        "_MASKED",
         "_FLOAT32",
         "_FLOAT32_FEW",
         "_PLAIN_BWD",
@@ -54,7 +55,7 @@ def relabelled(table, labels, path=()):
 def stands_for(place, target):
     """Whether a target's calls can come to this place of a table."""
     name, key, *_ = place
-    if name == "_IRREGULAR_BWD":
+    if name in ("_MASKED", "_IRREGULAR_BWD"):
         return key == target
     if name in ("_PLAIN", "_MORE", "_PLAIN_BWD", "_MORE_BWD", "_FLOAT32_BWD"):
         default = "any" if name == "_MORE" else "sm_80"

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 F32, BF16 = torch.float32, torch.bfloat16
 # The entries' modes: as many sides of a query's keys are bounded as the mode's number, and then more.
-MODES = ("plain", "causal", "window", "more")
+MODES = ("plain", "causal", "window", "more", "masked")
 N = 300
 
 
@@ -42,8 +42,9 @@ class Call(NamedTuple):
         return "sm_90" if self.told == "sm_90" else "sm_80"
 
     def forward_tile(self) -> configs.AttentionFwdConfig:
-        plain, sides = self.mode != "more", min(MODES.index(self.mode), 2)
-        return configs.attention_fwd_config(self.told, self.dtype.itemsize, self.D, plain, sides, self.M)
+        plain, sides = self.mode not in ("more", "masked"), min(MODES.index(self.mode), 2)
+        of_target = self.told, self.dtype.itemsize, self.D
+        return configs.attention_fwd_config(*of_target, plain, sides, self.M, self.mode == "masked")
 
     def backward_tiles(self) -> tuple[configs.AttentionBwdConfig, configs.AttentionBwdConfig]:
         plain, packed = self.mode != "more", self.mode == "packed"
@@ -60,6 +61,7 @@ class Call(NamedTuple):
             "causal": {"causal": "lower_right"},
             "window": {"window": (90, 40), "corner": "lower_right"},
             "more": {"bias": bias if requires_grad else bias.detach(), "softcap": 5.0},
+            "masked": {"mask": d.bools(1, 1, self.M, N)},
         }
         return rows | more[self.mode] | {"return_lse": True}
 
@@ -75,15 +77,16 @@ def packed_inputs(call: Call) -> dict[str, Any]:
 def different(tiles_of, modes, lengths):
     """The first call for each tile, width, type and mode on each target that is emulated.
 
-    Neither bounds nor packing choose a tile of float32, and packing none but those of _IRREGULAR_BWD.
+    Neither bounds nor packing choose a tile of float32. Packing chooses none but those of _IRREGULAR_BWD, and
+    a mask none but those of _MASKED.
     """
     first = {}
-    packed = {(told, D) for told, of_target in configs._IRREGULAR_BWD.items() for D in of_target}
+    of_one_mode = {"packed": configs._IRREGULAR_BWD, "masked": configs._MASKED}
     for told in ("sm_80", "sm_90", *TARGETS):
         for dtype in (BF16, F32):
             for D in (64, 128, 256):
                 of_type = [mode for mode in modes if dtype is BF16 or mode in ("plain", "more")]
-                of_type = [mode for mode in of_type if mode != "packed" or (told, D) in packed]
+                of_type = [m for m in of_type if m not in of_one_mode or D in of_one_mode[m].get(told, {})]
                 for call in (Call(told, dtype, D, mode, M) for mode in of_type for M in lengths):
                     tile = tiles_of(call)
                     first.setdefault((tile, dtype, D, call.mode, call.M, call.target), call)
