@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .attention_tiles import (
-    add_pieces,
+    add_products,
     hide,
     keep_tile,
     key_at,
@@ -159,20 +159,20 @@ def load_keys(
 
 @triton.jit
 def _products_by_columns(
-    queries, query, m0, in_rows, keys, key, n0, real, PIECE: tl.constexpr, WIDTH: tl.constexpr,
+    queries, query, m0, in_rows, keys, key, n0, real, CHAIN: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Products [BLOCK_M, BLOCK_N] of rows of which registers hold few columns at a time. The rows begin at
-    elements `query` of queries and `key` of keys; PIECE columns are summed apart from those after."""
-    if WIDTH > PIECE:
+    elements `query` of queries and `key` of keys; CHAIN columns are summed apart from those after."""
+    if WIDTH > CHAIN:
         first = _products_by_columns(
-            queries, query, m0, in_rows, keys, key, n0, real, PIECE, PIECE, BLOCK_W, BLOCK_M, BLOCK_N, ALIGN
+            queries, query, m0, in_rows, keys, key, n0, real, CHAIN, CHAIN, BLOCK_W, BLOCK_M, BLOCK_N, ALIGN
         )
         rest = _products_by_columns(
-            queries, query + PIECE, m0, in_rows, keys, key + PIECE, n0, real, PIECE, WIDTH - PIECE, BLOCK_W,
+            queries, query + CHAIN, m0, in_rows, keys, key + CHAIN, n0, real, CHAIN, WIDTH - CHAIN, BLOCK_W,
             BLOCK_M, BLOCK_N, ALIGN,
         )  # fmt: skip
-        return add_pieces(first, rest)
+        return add_products(first, rest)
     BITS: tl.constexpr = queries.ptr.dtype.element_ty.primitive_bitwidth
     # ptxas keeps the loop over two pieces of 128 columns; that over four of 64 it unrolls, and spills up to
     # 32 bytes.

@@ -130,7 +130,7 @@ def scaled_pieces(values, factor):
 
 
 @triton.jit
-def add_pieces(a, b):
+def add_products(a, b):
     """A sum that no compiler takes for one chain: Triton adds a product to another's sums where it sees +."""
     return tl.fma(a, tl.full(a.shape, 1.0, tl.float32), b)
 
@@ -140,7 +140,7 @@ def row_products(a, b):
     """a b^T of rows [A, BLOCK_D] and [B, BLOCK_D], queries and keys in either order."""
     products = tl.dot(a.first, tl.trans(b.first), input_precision="ieee")
     if a.rest is not None:
-        products = add_pieces(products, tl.dot(a.rest, tl.trans(b.rest), input_precision="ieee"))
+        products = add_products(products, tl.dot(a.rest, tl.trans(b.rest), input_precision="ieee"))
     return products
 
 
