@@ -37,7 +37,8 @@ def _arguments(dtype: torch.dtype, D: int, D_v: int, mode: str, M: int = LENGTH)
         _empty(B, heads, length, width, dtype=dtype)
         for heads, length, width in ((H, M, D), (H // 2, N, D), (H // 2, N, D_v))
     )
-    mask = padding = lengths = bias = relative_bias = sink = seed = softcap = None
+    mask = padding = lengths = bias = relative_bias = sink = seed = None
+    softcap = 30.0 if mode in ("softcap", "everything") else None
     if mode == "key mask":
         mask = _empty(B, 1, 1, N, dtype=torch.bool)
     if mode == "mask":
@@ -47,7 +48,11 @@ def _arguments(dtype: torch.dtype, D: int, D_v: int, mode: str, M: int = LENGTH)
     if mode == "everything":
         mask, padding = _empty(B, 1, M, N, dtype=torch.bool), _empty(B, N, dtype=torch.bool)
         bias, relative_bias = _empty(1, H, M, N, dtype=dtype), _empty(H, M + N - 1, dtype=dtype)
-        left, right, softcap, seed = 1000, 500, 30.0, _empty(1, dtype=torch.int64)
+        left, right = 1000, 500
+    if mode in ("dropout", "everything"):
+        seed = _empty(1, dtype=torch.int64)
+    if mode == "relative bias":
+        relative_bias = _empty(H, M + N - 1, dtype=dtype)
     if mode == "bias":  # broadcast over nothing
         bias = _empty(B, H, M, N, dtype=dtype)
     tensors = (mask, padding, lengths, bias, relative_bias, sink, seed, None, None)
@@ -96,6 +101,9 @@ def _calls(op: str) -> Iterator[tuple[torch.dtype, int, int, str]]:
             yield dtype, D, D, "everything"
         if op == "attention_bwd":  # which writes the gradient of such a bias as it goes
             yield BF16, D, D, "bias"
+    if op == "attention_bwd":  # alone these spilled where everything did not
+        for D, mode in ((64, "softcap"), (64, "dropout"), (128, "relative bias")):
+            yield BF16, D, D, mode
     # A tile narrower than the entry's width; columns past the head's, which are masked; rows that are not
     # aligned; and two widths.
     for D, D_v, mode in ((16, 16, "plain"), (80, 80, "causal"), (65, 31, "plain"), (192, 128, "plain")):
