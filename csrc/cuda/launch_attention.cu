@@ -3,8 +3,7 @@
 // architecture, and the tests compile this file to PTX by itself.
 #include <cuda_runtime.h>
 
-#include <atomic>
-
+#include "allow_shared.h"
 #include "attention_fwd.cuh"
 
 namespace fastformer::cuda {
@@ -65,23 +64,11 @@ AttentionKernel kernel_of(DType dtype, const AttentionPlan& plan) {
   return nullptr;
 }
 
-// Lets a kernel have its shared memory on the current device: once, since the driver remembers.
 cudaError_t allow_shared(AttentionKernel kernel, DType dtype, const AttentionPlan& plan) {
-  constexpr int kDevices = 64, kTypes = 3, kKinds = 4, kMostUnits = 256 / 32;
-  static std::atomic<bool> allowed[kDevices][kTypes][kMostUnits][kKinds];
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  const auto set = [&] {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                static_cast<int>(plan.shared_bytes));
-  };
-  if (device >= kDevices) return set();
-  auto& done = allowed[device][static_cast<int>(dtype)][plan.block_d / 32 - 1][static_cast<int>(plan.kind)];
-  if (done.load(std::memory_order_acquire)) return cudaSuccess;
-  const cudaError_t failed = set();
-  if (failed == cudaSuccess) done.store(true, std::memory_order_release);
-  return failed;
+  constexpr int kTypes = 3, kKinds = 4, kMostUnits = 256 / 32;
+  static Allowed allowed[kTypes][kMostUnits][kKinds];
+  return allow_shared(kernel, static_cast<int>(plan.shared_bytes),
+                      allowed[static_cast<int>(dtype)][plan.block_d / 32 - 1][static_cast<int>(plan.kind)]);
 }
 
 cudaError_t launch_fwd(const AttentionPlan& plan, const AttentionFwdParams& params, cudaStream_t stream) {

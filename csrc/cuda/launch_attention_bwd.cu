@@ -1,8 +1,7 @@
 // Runs the plan of attention_bwd_plan.h. As in launch_attention.cu the upper half knows no torch.
 #include <cuda_runtime.h>
 
-#include <atomic>
-
+#include "allow_shared.h"
 #include "attention_bwd.cuh"
 
 namespace fastformer::cuda {
@@ -43,22 +42,11 @@ BackwardKernels backward_kernels_of(DType dtype, const AttentionBwdPlan& plan) {
 // Of `zeros`: what a warp has of a tile of dQ.
 int zeros_of(const AttentionBwdPlan& plan) { return plan.block_m * plan.block_d / (plan.threads / kWarp); }
 
-// As allow_shared of launch_attention.cu.
 cudaError_t allow_shared(const BackwardKernels& kernels, DType dtype, const AttentionBwdPlan& plan) {
-  constexpr int kDevices = 64, kTypes = 3, kMostUnits = 256 / 64, kKinds = 3;
-  static std::atomic<bool> allowed[kDevices][kTypes][kMostUnits][kKinds];
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  const auto set = [&] {
-    return cudaFuncSetAttribute(kernels.keys, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
-  };
-  if (device >= kDevices) return set();
-  auto& done = allowed[device][static_cast<int>(dtype)][plan.block_d / 64 - 1][static_cast<int>(plan.kind)];
-  if (done.load(std::memory_order_acquire)) return cudaSuccess;
-  const cudaError_t failed = set();
-  if (failed == cudaSuccess) done.store(true, std::memory_order_release);
-  return failed;
+  constexpr int kTypes = 3, kMostUnits = 256 / 64, kKinds = 3;
+  static Allowed allowed[kTypes][kMostUnits][kKinds];
+  return allow_shared(kernels.keys, plan.shared_bytes,
+                      allowed[static_cast<int>(dtype)][plan.block_d / 64 - 1][static_cast<int>(plan.kind)]);
 }
 
 // The first kernel that was not launched, and why; or null.

@@ -3,12 +3,17 @@
 // architecture, and the tests compile this file to PTX by itself.
 #include <cuda_runtime.h>
 
+#include "allow_shared.h"
 #include "norm_bwd.cuh"
 
 namespace fastformer::cuda {
 
 template <typename Params>
 using Kernel = void (*)(Params);
+
+// Of what is instantiated by type.
+DType type_of(const NormFwdParams& p) { return p.x_dtype; }
+DType type_of(const NormBwdParams& p) { return p.s_dtype; }
 
 Kernel<NormFwdParams> norm_fwd_kept(DType dtype) {
   switch (dtype) {
@@ -25,7 +30,7 @@ Kernel<NormFwdParams> norm_fwd_kept(DType dtype) {
 Kernel<NormFwdParams> kernel_of(NormKernel kernel, const NormFwdParams& p) {
   switch (kernel) {
     case NormKernel::kFwdKept:
-      return norm_fwd_kept(p.x_dtype);
+      return norm_fwd_kept(type_of(p));
     case NormKernel::kFwdAny:
       return norm_fwd_any_kernel;
     case NormKernel::kFwdWide:
@@ -47,10 +52,17 @@ Kernel<NormBwdParams> norm_bwd_kept(DType dtype) {
   return nullptr;
 }
 
+Kernel<NormBwdParams> norm_bwd_kept_wide(DType dtype) {
+  return dtype == DType::kBFloat16 ? norm_bwd_kept_wide_kernel<DType::kBFloat16>
+                                   : norm_bwd_kept_wide_kernel<DType::kFloat16>;
+}
+
 Kernel<NormBwdParams> kernel_of(NormKernel kernel, const NormBwdParams& p) {
   switch (kernel) {
     case NormKernel::kBwdKept:
-      return norm_bwd_kept(p.s_dtype);
+      return norm_bwd_kept(type_of(p));
+    case NormKernel::kBwdKeptWide:
+      return norm_bwd_kept_wide(type_of(p));
     case NormKernel::kBwdAny:
       return norm_bwd_any_kernel;
     case NormKernel::kBwdColumns:
@@ -65,8 +77,15 @@ Kernel<NormBwdParams> kernel_of(NormKernel kernel, const NormBwdParams& p) {
 template <typename Params>
 cudaError_t launch(const NormPlan& plan, const Params& params, cudaStream_t stream) {
   if (plan.grid_x == 0 || plan.grid_y == 0) return cudaSuccess;
-  kernel_of(plan.kernel,
-            params)<<<dim3(plan.grid_x, plan.grid_y), dim3(plan.block_x, plan.block_y), 0, stream>>>(params);
+  const Kernel<Params> kernel = kernel_of(plan.kernel, params);
+  if (plan.shared_bytes > 0) {
+    static Allowed allowed[3];  // by type, of the one kernel that has any
+    const cudaError_t error =
+        allow_shared(kernel, static_cast<int>(plan.shared_bytes), allowed[static_cast<int>(type_of(params))]);
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<dim3(plan.grid_x, plan.grid_y), dim3(plan.block_x, plan.block_y), plan.shared_bytes, stream>>>(
+      params);
   return cudaGetLastError();
 }
 

@@ -12,8 +12,17 @@ __device__ __forceinline__ RowStatistics load_statistics(const NormBwdParams& p,
   return {real && !p.rms ? p.mean[row] : 0.0f, real ? p.rstd[row] : 0.0f};
 }
 
-// Writes ds and, with dropout, dx of one unit; g and xhat hold the unit, means the row's two sums over
-// columns.
+// Writes a unit of ds and, with dropout, of dx, and leaves dx in `ds`.
+template <int kUnit>
+__device__ __forceinline__ void store_gradient(const NormBwdParams& p, DType dtype, bool vector, int64_t row,
+                                               int unit, float (&ds)[kUnit]) {
+  store_unit(row_at(p.ds, dtype, row * p.columns), dtype, vector, unit, p.columns, ds);
+  if (p.threshold == 0) return;
+  drop_unit(*p.seed, row, unit, p.threshold, p.scale, ds);
+  store_unit(row_at(p.dx, dtype, row * p.columns), dtype, vector, unit, p.columns, ds);
+}
+
+// The same of g and xhat, with the row's two means over columns.
 template <int kUnit>
 __device__ __forceinline__ void finish_gradient(const NormBwdParams& p, DType dtype, bool vector, int64_t row,
                                                 int unit, float rstd, const float (&means)[2],
@@ -23,10 +32,7 @@ __device__ __forceinline__ void finish_gradient(const NormBwdParams& p, DType dt
   for (int e = 0; e < kUnit; ++e) {
     g[e] = fmaf(rstd, fmaf(-xhat[e], means[1], g[e] - means[0]), grad_sum[e]);
   }
-  store_unit(row_at(p.ds, dtype, row * p.columns), dtype, vector, unit, p.columns, g);
-  if (p.threshold == 0) return;
-  drop_unit(*p.seed, row, unit, p.threshold, p.scale, g);
-  store_unit(row_at(p.dx, dtype, row * p.columns), dtype, vector, unit, p.columns, g);
+  store_gradient(p, dtype, vector, row, unit, g);
 }
 
 // The sums over columns become means; rms has no mean of g.
@@ -56,6 +62,21 @@ __device__ __forceinline__ void store_share(const float (&share)[kUnit], float4*
     }
     // The next part overwrites what slow warps may still add.
     __syncthreads();
+  }
+}
+
+// The block's line of p.partial, of a thread's units of both.
+template <int kUnit, int kUnits>
+__device__ __forceinline__ void store_line(const NormBwdParams& p, int units,
+                                           const float (&dweight)[kUnits][kUnit],
+                                           const float (&dbias)[kUnits][kUnit], float4* shared) {
+  if (p.partial == nullptr) return;
+  float* line = p.partial + int64_t{blockIdx.x} * 2 * p.partial_stride;
+#pragma unroll
+  for (int k = 0; k < kUnits; ++k) {
+    const int unit = k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+    store_share(dweight[k], shared, line, unit, unit < units);
+    store_share(dbias[k], shared, line + p.partial_stride, unit, unit < units);
   }
 }
 
@@ -128,15 +149,96 @@ __global__ void __launch_bounds__(kMaxThreads) norm_bwd_kept_kernel(const __grid
       finish_gradient(p, kType, true, row, unit, statistics.rstd, sums, grad_sum, g[k], xhat[k]);
     }
   }
-  if (p.partial == nullptr) return;
+  store_line(p, units, dweight, dbias, share_shared);
+}
 
-  float* line = p.partial + int64_t{blockIdx.x} * 2 * p.partial_stride;
+// The same of 32 columns a thread, in 16 bits. Of a row it keeps the words between the two passes, and opens
+// them again; its weights lie in shared memory, [2 kUnits, kMaxThreads] of four floats.
+template <DType kType>
+__global__ void __launch_bounds__(kMaxThreads)
+    norm_bwd_kept_wide_kernel(const __grid_constant__ NormBwdParams p) {
+  constexpr int kUnit = kWideUnit, kUnits = kKeptColumns / kUnit;
+  constexpr int kPitch = 16 * kMaxThreads;
+  extern __shared__ __align__(16) uint8_t dynamic_shared[];
+  __shared__ float sums_shared[2][kMaxWarps][2];
+  __shared__ float4 share_shared[kMaxThreads];
+  const int units = static_cast<int>(static_cast<uint32_t>(p.columns) / kUnit);
+  const auto unit_of = [](int k) { return k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x); };
+  const uint32_t weights = forgotten(shared_address(dynamic_shared) + 16 * threadIdx.x);
+  float dweight[kUnits][kUnit] = {}, dbias[kUnits][kUnit] = {};
 #pragma unroll
   for (int k = 0; k < kUnits; ++k) {
-    const int unit = k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-    store_share(dweight[k], share_shared, line, unit, unit < units);
-    store_share(dbias[k], share_shared, line + p.partial_stride, unit, unit < units);
+    float weight[kUnit] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
+    if (p.weight != nullptr && unit_of(k) < units) {
+      load_unit(p.weight, p.weight_dtype, true, unit_of(k), p.columns, weight);
+    }
+    const auto four = reinterpret_cast<const float (*)[4]>(weight);
+    store_shared(weights + 2 * k * kPitch, packed(four[0], DType::kFloat32));
+    store_shared(weights + (2 * k + 1) * kPitch, packed(four[1], DType::kFloat32));
   }
+
+  int turn = 0;
+  const uint32_t rows = static_cast<uint32_t>(p.rows);
+  for (uint32_t number = blockIdx.x; number < rows; number += gridDim.x) {
+    const int64_t row = number;
+    uint4 grad_words[kUnits], s_words[kUnits];
+    load_row(row_at(p.grad_out, kType, row * p.grad_out_stride), units, grad_words);
+    load_row(row_at(p.s, kType, row * p.s_stride), units, s_words);
+    const RowStatistics statistics = load_statistics(p, row, true);
+    float g[kUnit], centred[kUnit];
+    const auto open = [&](int k) {
+      unpack(reinterpret_cast<const uint32_t*>(&grad_words[k]), kType, g);
+      unpack(reinterpret_cast<const uint32_t*>(&s_words[k]), kType, centred);
+#pragma unroll
+      for (int e = 0; e < kUnit; ++e) centred[e] -= statistics.mean;
+    };
+    const auto load_weights = [&](int k, float (&weight)[kUnit]) {
+      const uint4 words[2] = {load_shared(weights + 2 * k * kPitch),
+                              load_shared(weights + (2 * k + 1) * kPitch)};
+      unpack(reinterpret_cast<const uint32_t*>(words), DType::kFloat32, weight);
+    };
+    float sums[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int k = 0; k < kUnits; ++k) {
+      if (unit_of(k) >= units) continue;
+      float weight[kUnit];
+      load_weights(k, weight);
+      open(k);
+#pragma unroll
+      for (int e = 0; e < kUnit; ++e) {
+        const float product = g[e] * centred[e];
+        dweight[k][e] = fmaf(product, statistics.rstd, dweight[k][e]);
+        dbias[k][e] += g[e];
+        sums[0] = fmaf(g[e], weight[e], sums[0]);
+        sums[1] = fmaf(product, weight[e], sums[1]);
+      }
+    }
+    row_sum(sums, sums_shared[turn]);
+    turn ^= 1;
+    sums_to_means(p, sums);
+    const float slope = statistics.rstd * (statistics.rstd * sums[1]);
+#pragma unroll
+    for (int k = 0; k < kUnits; ++k) {
+      const int unit = unit_of(k);
+      if (unit >= units) continue;
+      grad_words[k] = forgotten(grad_words[k]), s_words[k] = forgotten(s_words[k]);
+      float weight[kUnit];
+      load_weights(k, weight);
+      open(k);
+#pragma unroll
+      for (int e = 0; e < kUnit; ++e) g[e] = fmaf(-centred[e], slope, fmaf(g[e], weight[e], -sums[0]));
+      if (p.grad_sum == nullptr) {
+#pragma unroll
+        for (int e = 0; e < kUnit; ++e) g[e] *= statistics.rstd;
+      } else {
+        load_unit(row_at(p.grad_sum, kType, row * p.grad_sum_stride), kType, true, unit, p.columns, centred);
+#pragma unroll
+        for (int e = 0; e < kUnit; ++e) g[e] = fmaf(statistics.rstd, g[e], centred[e]);
+      }
+      store_gradient(p, kType, true, row, unit, g);
+    }
+  }
+  store_line(p, units, dweight, dbias, share_shared);
 }
 
 // ds and dx of rows of any width, types and alignment: one pass over the row for its two sums, one for the

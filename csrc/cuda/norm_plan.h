@@ -86,17 +86,18 @@ constexpr int kNarrowUnit = 4;
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 512;  // leaves 128 registers a thread
 constexpr int kMaxWarps = kMaxThreads / kWarp;
-constexpr int kKeptColumns = 32;  // that a thread of kFwdKept holds at most
+constexpr int kKeptColumns = 32;  // that a thread of kFwdKept or kBwdKeptWide holds at most
 constexpr int kReduceLines = 16;  // shares of dweight and dbias that a block adds side by side
 
 enum class NormKernel : int32_t {
-  kFwdKept,     // the row in registers; aligned, x and residual of one type, parameters of it or float32
-  kFwdAny,      // the row in registers, up to 32 columns a thread, any types and alignment
-  kFwdWide,     // rows that no register file holds are read three times, from L2 after the first
-  kBwdKept,     // ds and shares of dweight, dbias in one pass, up to 16 columns a thread; aligned, one type
-  kBwdAny,      // ds alone, the row read twice
-  kBwdColumns,  // shares of dweight and dbias alone
-  kBwdReduce    // their sums
+  kFwdKept,      // the row in registers; aligned, x and residual of one type, parameters of it or float32
+  kFwdAny,       // the row in registers, up to 32 columns a thread, any types and alignment
+  kFwdWide,      // rows that no register file holds are read three times, from L2 after the first
+  kBwdKept,      // ds and shares of dweight, dbias in one pass, up to 16 columns a thread; aligned, one type
+  kBwdKeptWide,  // the same in 16 bits, up to 32 columns a thread, of which it opens the row twice
+  kBwdAny,       // ds alone, the row read twice
+  kBwdColumns,   // shares of dweight and dbias alone
+  kBwdReduce     // their sums
 };
 
 inline const char* name_of(NormKernel kernel) {
@@ -109,6 +110,8 @@ inline const char* name_of(NormKernel kernel) {
       return "norm_fwd_wide_kernel";
     case NormKernel::kBwdKept:
       return "norm_bwd_kept_kernel";
+    case NormKernel::kBwdKeptWide:
+      return "norm_bwd_kept_wide_kernel";
     case NormKernel::kBwdAny:
       return "norm_bwd_any_kernel";
     case NormKernel::kBwdColumns:
@@ -123,6 +126,7 @@ struct NormPlan {
   NormKernel kernel;
   uint32_t grid_x, grid_y;
   uint32_t block_x, block_y;  // block_x threads share a row, block_y rows share a block
+  uint32_t shared_bytes;      // dynamic
 };
 
 inline int unit_of(DType dtype) { return dtype == DType::kFloat32 ? kNarrowUnit : kWideUnit; }
@@ -206,11 +210,17 @@ inline NormBwdPlan plan_norm_bwd(NormBwdParams& p, int multiprocessors, bool nee
   p.partial_stride = static_cast<int32_t>(ceil_div(p.columns, kWideUnit) * kWideUnit);
   p.partial_rows = 0;
   // A thread of the kept kernel holds 16 columns of xhat, of weighted gradient, of weight and of two sums: 80
-  // floats.
-  if (p.columns <= kMaxThreads * 16 && one_type && rows_aligned(own_unit)) {
+  // floats. One of the wide kernel holds 32 of two sums, and as many of the row in 32 words: 96; its weights,
+  // in shared memory, cost a load of four. Its 26 lane instructions a column, 10 for what it opens twice,
+  // then move 7.2 to 9 bytes a slot, and each array once where kBwdAny and kBwdColumns read two of them
+  // twice.
+  const bool wide = p.columns > kMaxThreads * 16;
+  const int kept_columns = own_unit == kWideUnit ? kKeptColumns : 16;
+  if (p.columns <= kMaxThreads * kept_columns && one_type && rows_aligned(own_unit)) {
     p.vector = 1;
-    plan.ds.kernel = NormKernel::kBwdKept;
-    plan.ds.block_x = threads_per_row(p.columns, 16, 16);
+    plan.ds.kernel = wide ? NormKernel::kBwdKeptWide : NormKernel::kBwdKept;
+    plan.ds.block_x = threads_per_row(p.columns, 16, wide ? kKeptColumns : 16);
+    if (wide) plan.ds.shared_bytes = kMaxThreads * kKeptColumns * sizeof(float);
     plan.ds.block_y = plan.ds.block_x < 256 ? 256 / plan.ds.block_x : 1;
     // At 128 registers 512 threads fill an SM. One wave, in which every block takes the same number of rows:
     // the shares are few (16 bytes a column and block) and stay in L2 until they are summed.

@@ -67,6 +67,10 @@ __device__ __forceinline__ uint32_t forgotten(uint32_t value) {
   return value;
 }
 
+__device__ __forceinline__ uint4 forgotten(uint4 words) {
+  return {forgotten(words.x), forgotten(words.y), forgotten(words.z), forgotten(words.w)};
+}
+
 // The same of a pointer: what follows from it is computed step by step, and not all of it at once, in
 // registers of its own.
 template <typename T>

@@ -49,15 +49,14 @@ class Emulator:
         if plan.grid_x == 0 or plan.grid_y == 0:
             return
         name = plans().kernel_name(plan.kernel).decode()
-        if name == "norm_fwd_kept_kernel":
-            name += f"ILNS_5DTypeE{params.x_dtype}E"
-        elif name == "norm_bwd_kept_kernel":
-            name += f"ILNS_5DTypeE{params.s_dtype}E"
+        if "kept" in name:
+            name += f"ILNS_5DTypeE{params.x_dtype if 'fwd' in name else params.s_dtype}E"
         kernel = kernels(self.arch).kernel(name)
         counters = kernel.launch(
             (plan.grid_x, plan.grid_y),
             (plan.block_x, plan.block_y),
             [struct_argument(params, tensors)],
+            shared_bytes=plan.shared_bytes,
             checks=self.checks,
         )
         self.launched.append((kernel.name, counters))

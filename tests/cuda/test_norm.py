@@ -61,7 +61,9 @@ def test_every_width(emulator, kind, width, dtype):
     judge_plain_norm(norm_inputs(rows, width, dtype=dtype, requires_grad=True), kind)
 
 
-@pytest.mark.parametrize("width", [8, 100, 768, pytest.param(16400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "width", [8, 100, 768, *(pytest.param(width, marks=pytest.mark.slow) for width in (12288, 16400))]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dropout(emulator, dtype, width):
     rows = 9 if width < 4096 else 2
@@ -185,7 +187,7 @@ def test_statistics(emulator):
 
 # (kind, columns, dtype of x, of residual): every kernel that the launcher can launch, in both directions.
 INSTANTIATIONS = [
-    *((width, dtype, dtype) for width in (64, 544) for dtype in DTYPES),
+    *((width, dtype, dtype) for width in (64, 544, 8200) for dtype in DTYPES),
     (64, BF16, F32),
     (33, F32, F32),
     (16388, BF16, F32),
