@@ -131,7 +131,7 @@ def _key_gradients_kernel(
     in_keys = n0 + tl.arange(0, BLOCK_N) < head.N
     k = load_pieces(call.key, key_at(call.key, head, ALIGN), n0, in_keys, D, BLOCK_N, BLOCK_D, ALIGN)
     v = load_rows(call.value, key_at(call.value, head, ALIGN), n0, in_keys, D_v, BLOCK_N, BLOCK_DV, ALIGN)
-    dk = zero_pieces(call.key, BLOCK_N, BLOCK_D)
+    dk = zero_pieces(k)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     blocks = query_blocks(head, n0, BLOCK_M, BLOCK_N)
     if masks_keys(call):
@@ -196,7 +196,7 @@ def _query_gradients_kernel(
     queries = load_queries(
         call, scores, head, m0, True, QUERY_SIGN, ALIGN, D, D_v, BLOCK_D, BLOCK_DV, BLOCK_M, False
     )
-    dq = zero_pieces(call.query, BLOCK_M, BLOCK_D)
+    dq = zero_pieces(queries.query)
     blocks = key_blocks(head, m0, BLOCK_M, BLOCK_N)
     if masks_keys(call):
         blocks = Blocks(blocks.begin, blocks.begin, blocks.begin, blocks.end)

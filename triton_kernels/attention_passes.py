@@ -16,12 +16,12 @@ import triton.language as tl
 
 from .attention_tiles import (
     add_products,
+    chain,
     hide,
     keep_tile,
     key_at,
     load_pieces,
     load_rows,
-    piece,
     query_at,
     score_tile_and_slope,
     signed_query,
@@ -205,7 +205,7 @@ def tile_by_itself(
     keys = Keys(n0, offs_n[None, :], real[None, :], None, None)
     products = _products_by_columns(
         call.query, query_at(call.query, head, ALIGN), m0, in_rows, call.key, key_at(call.key, head, ALIGN),
-        n0, real, piece(call.query, BLOCK_D), D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN,
+        n0, real, chain(call.query, BLOCK_D), D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN,
     )  # fmt: skip
     w, _ = weight_tile(call, head, products * QUERY_SIGN, queries, keys, True)
     if scores.grad_out is None:

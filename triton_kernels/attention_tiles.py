@@ -20,7 +20,7 @@ from .philox import matrix_keep
 from .tiles import aligned
 
 LOG2_E: tl.constexpr = tl.constexpr(_LOG2_E)
-PIECE: tl.constexpr = tl.constexpr(128)
+CHAIN: tl.constexpr = tl.constexpr(64)
 
 
 @triton.jit
@@ -71,19 +71,20 @@ def store_rows(rows, at, start, real, values, WIDTH: tl.constexpr, ALIGN: tl.con
 
 
 class Pieces(NamedTuple):
-    """A tile of queries or of keys, [BLOCK, BLOCK_D], or of sums of such rows: all columns, or PIECE columns
+    """A tile of queries or of keys, [BLOCK, D], or of sums of such rows: all columns, or those of one chain
     and the rest."""
 
     first: Any
-    rest: Any  # or None
+    rest: Any  # Pieces, or None
 
 
 @triton.jit
-def piece(rows, BLOCK_D: tl.constexpr):
-    """How many columns of q·k are one chain of multiply-adds, in every pass over the scores: 256 of float32
-    end up twice as far from exact as torch's sums in blocks. Known when a kernel is compiled."""
+def chain(rows, BLOCK_D: tl.constexpr):
+    """How many columns of q·k are one chain of multiply-adds, in every pass over the scores: 256 of float32,
+    and 128 where a query's products grow large, end up twice as far from exact as torch's sums in blocks.
+    Known when a kernel is compiled."""
     IS_FLOAT32: tl.constexpr = rows.ptr.dtype.element_ty.primitive_bitwidth == 32
-    return PIECE if IS_FLOAT32 and BLOCK_D > PIECE else BLOCK_D
+    return CHAIN if IS_FLOAT32 and BLOCK_D > 2 * CHAIN else BLOCK_D
 
 
 @triton.jit
@@ -91,42 +92,57 @@ def load_pieces(
     rows, at, start, real, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr
 ):
     """As load_rows, of queries or keys."""
-    FIRST: tl.constexpr = piece(rows, BLOCK_D)
-    if BLOCK_D == FIRST:
-        return Pieces(load_rows(rows, at, start, real, D, BLOCK, BLOCK_D, ALIGN), None)
+    return _load_pieces(rows, at, start, real, chain(rows, BLOCK_D), D, BLOCK, ALIGN)
+
+
+@triton.jit
+def _load_pieces(
+    rows,
+    at,
+    start,
+    real,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    if WIDTH <= COLUMNS:
+        return Pieces(load_rows(rows, at, start, real, WIDTH, BLOCK, COLUMNS, ALIGN), None)
     else:
-        first = load_rows(rows, at, start, real, FIRST, BLOCK, FIRST, ALIGN)
-        rest = load_rows(rows, at + FIRST, start, real, D - FIRST, BLOCK, BLOCK_D - FIRST, ALIGN)
+        first = load_rows(rows, at, start, real, COLUMNS, BLOCK, COLUMNS, ALIGN)
+        rest = _load_pieces(rows, at + COLUMNS, start, real, COLUMNS, WIDTH - COLUMNS, BLOCK, ALIGN)
         return Pieces(first, rest)
 
 
 @triton.jit
-def zero_pieces(rows, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Sums of rows, float32."""
-    FIRST: tl.constexpr = piece(rows, BLOCK_D)
-    first = tl.zeros([BLOCK, FIRST], tl.float32)
-    if BLOCK_D == FIRST:
+def zero_pieces(rows):
+    """Sums of such rows, float32."""
+    first = tl.zeros(rows.first.shape, tl.float32)
+    if rows.rest is None:
         return Pieces(first, None)
     else:
-        return Pieces(first, tl.zeros([BLOCK, BLOCK_D - FIRST], tl.float32))
+        return Pieces(first, zero_pieces(rows.rest))
 
 
 @triton.jit
 def store_pieces(rows, at, start, real, values, D: tl.constexpr, ALIGN: tl.constexpr):
     """As store_rows."""
-    FIRST: tl.constexpr = values.first.shape[1]
+    COLUMNS: tl.constexpr = values.first.shape[1]
     if values.rest is None:
         store_rows(rows, at, start, real, values.first, D, ALIGN)
     else:
-        store_rows(rows, at, start, real, values.first, FIRST, ALIGN)
-        store_rows(rows, at + FIRST, start, real, values.rest, D - FIRST, ALIGN)
+        store_rows(rows, at, start, real, values.first, COLUMNS, ALIGN)
+        store_pieces(rows, at + COLUMNS, start, real, values.rest, D - COLUMNS, ALIGN)
 
 
 @triton.jit
 def scaled_pieces(values, factor):
     """values * factor, as values' dtype has it."""
     first = (values.first * factor).to(values.first.dtype)
-    return Pieces(first, None if values.rest is None else (values.rest * factor).to(values.rest.dtype))
+    if values.rest is None:
+        return Pieces(first, None)
+    else:
+        return Pieces(first, scaled_pieces(values.rest, factor))
 
 
 @triton.jit
@@ -137,21 +153,22 @@ def add_products(a, b):
 
 @triton.jit
 def row_products(a, b):
-    """a b^T of rows [A, BLOCK_D] and [B, BLOCK_D], queries and keys in either order."""
+    """a b^T of rows [A, D] and [B, D], queries and keys in either order."""
     products = tl.dot(a.first, tl.trans(b.first), input_precision="ieee")
-    if a.rest is not None:
-        products = add_products(products, tl.dot(a.rest, tl.trans(b.rest), input_precision="ieee"))
-    return products
+    if a.rest is None:
+        return products
+    else:
+        return add_products(products, row_products(a.rest, b.rest))
 
 
 @triton.jit
 def add_rows(sums, factors, rows):
-    """sums + factors rows; factors [A, B], rows [B, BLOCK_D]."""
+    """sums + factors rows; factors [A, B], rows [B, D]."""
     first = tl.dot(factors, rows.first, sums.first, input_precision="ieee")
     if rows.rest is None:
         return Pieces(first, None)
     else:
-        return Pieces(first, tl.dot(factors, rows.rest, sums.rest, input_precision="ieee"))
+        return Pieces(first, add_rows(sums.rest, factors, rows.rest))
 
 
 @triton.jit
