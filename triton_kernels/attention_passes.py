@@ -163,16 +163,28 @@ def _products_by_columns(
     BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Products [BLOCK_M, BLOCK_N] of rows of which registers hold few columns at a time. The rows begin at
-    elements `query` of queries and `key` of keys; CHAIN columns are summed apart from those after."""
-    if WIDTH > CHAIN:
-        first = _products_by_columns(
-            queries, query, m0, in_rows, keys, key, n0, real, CHAIN, CHAIN, BLOCK_W, BLOCK_M, BLOCK_N, ALIGN
-        )
-        rest = _products_by_columns(
-            queries, query + CHAIN, m0, in_rows, keys, key + CHAIN, n0, real, CHAIN, WIDTH - CHAIN, BLOCK_W,
-            BLOCK_M, BLOCK_N, ALIGN,
+    elements `query` of queries and `key` of keys; CHAIN columns are a chain, the last of which come first, as
+    row_products adds them up."""
+    LAST: tl.constexpr = (WIDTH - 1) // CHAIN * CHAIN if WIDTH > CHAIN else 0
+    products = _chain_by_columns(
+        queries, query + LAST, m0, in_rows, keys, key + LAST, n0, real, WIDTH - LAST, BLOCK_W, BLOCK_M,
+        BLOCK_N, ALIGN,
+    )  # fmt: skip
+    for after in range(0, LAST, CHAIN):
+        at = LAST - CHAIN - after
+        of_chain = _chain_by_columns(
+            queries, query + at, m0, in_rows, keys, key + at, n0, real, CHAIN, BLOCK_W, BLOCK_M, BLOCK_N,
+            ALIGN,
         )  # fmt: skip
-        return add_products(first, rest)
+        products = add_products(of_chain, products)
+    return products
+
+
+@triton.jit
+def _chain_by_columns(
+    queries, query, m0, in_rows, keys, key, n0, real, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     BITS: tl.constexpr = queries.ptr.dtype.element_ty.primitive_bitwidth
     # ptxas keeps the loop over two pieces of 128 columns; that over four of 64 it unrolls, and spills up to
     # 32 bytes.

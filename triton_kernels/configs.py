@@ -94,8 +94,11 @@ _MORE = {
         256: AttentionFwdConfig(64, 32, 8, 2, 2, False),
     }
 }
-# There two stages spill 8 bytes with every argument.
-_MORE["sm_80"] = _MORE["any"] | {256: AttentionFwdConfig(64, 32, 8, 3, 3, False)}
+# There two stages spill 8 bytes with every argument, and of edges under a softcap with causality.
+_MORE["sm_80"] = _MORE["any"] | {
+    64: AttentionFwdConfig(64, 64, 4, 2, 1, False),
+    256: AttentionFwdConfig(64, 32, 8, 3, 3, False),
+}
 # There edges in two stages spill 8 bytes under a softcap.
 for _target in ("sm_86", "sm_89"):
     _MORE[_target] = _MORE["any"] | {128: AttentionFwdConfig(64, 64, 8, 2, 1, False)}
@@ -209,13 +212,13 @@ _MORE_BWD = {
         256: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(16, 32, 8, 1)),
     }
 }
-# One stage spills there: 8 bytes with a bias of the scores' shape; on sm_90 24 with a key mask, and 16 of
-# keys at 64 with dropout; on sm_100 8 of those, and 8 of queries with a softcap, which two stages make 16.
-# Two spill 8 on sm_80 and 1304 on gfx942 with every argument.
+# One stage spills there: 8 bytes with a bias of the scores' shape, or causality and a key mask; on sm_90 24
+# with a key mask, and 16 of keys at 64 with dropout; on sm_100 8 of those, and 8 of queries with a softcap,
+# which two stages make 16. Two spill 8 on sm_80 and 1304 on gfx942 with every argument.
 _of_64, _of_128 = (_MORE_BWD["sm_80"][_width] for _width in (64, 128))
 _keys = AttentionBwdConfig(32, 32, 4, 2)
 for _target in ("sm_86", "sm_89"):
-    _MORE_BWD[_target] = _MORE_BWD["sm_80"] | {64: (_of_64[0], AttentionBwdConfig(32, 64, 4, 2))}
+    _MORE_BWD[_target] = _MORE_BWD["sm_80"] | {64: (_keys, AttentionBwdConfig(32, 64, 4, 2))}
 _MORE_BWD["sm_90"] = _MORE_BWD["sm_80"] | {64: (_keys, _of_64[1]), 128: (_keys, _of_128[1])}
 for _target in ("sm_100", "sm_103"):
     _MORE_BWD[_target] = _MORE_BWD["sm_80"] | {64: (_keys, AttentionBwdConfig(32, 64, 4, 3))}
@@ -241,7 +244,8 @@ for _target in ("sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120"):
 _keys = _FLOAT32_BWD["sm_80"][128][0]
 for _target in ("sm_86", "sm_89"):
     _FLOAT32_BWD[_target][128] = (_keys, AttentionBwdConfig(16, 32, 8, 2))
-# One stage spills 112 and 428 bytes there with every argument.
+# There, with every argument, keys spill 116 bytes, and 132 in one stage, as queries 244 on gfx942: chains of
+# 64 columns hold more than 512 registers, and 8 or 32 rows, or other stages, spill more.
 _FLOAT32_BWD["gfx950"] = _FLOAT32_BWD["sm_80"] | {256: (AttentionBwdConfig(16, 32, 8, 2),) * 2}
 # In place of those, for plain calls: half of the keys leave shared memory for two programs of a
 # multiprocessor, with a tenth more instructions a key. Where dropout decides 32 at a time there must be 32.
