@@ -215,16 +215,16 @@ _MORE_BWD = {
 # One stage spills there: 8 bytes with a bias of the scores' shape, or causality and a key mask; on sm_90 24
 # with a key mask, and 16 of keys at 64 with dropout; on sm_100 8 of those, and 8 of queries with a softcap,
 # which two stages make 16. Two spill 8 on sm_80 and 1304 on gfx942 with every argument.
-_of_64, _of_128 = (_MORE_BWD["sm_80"][_width] for _width in (64, 128))
+_narrow_heads, _wide_heads = _MORE_BWD["sm_80"][64], _MORE_BWD["sm_80"][128]
 _keys = AttentionBwdConfig(32, 32, 4, 2)
 for _target in ("sm_86", "sm_89"):
     _MORE_BWD[_target] = _MORE_BWD["sm_80"] | {64: (_keys, AttentionBwdConfig(32, 64, 4, 2))}
-_MORE_BWD["sm_90"] = _MORE_BWD["sm_80"] | {64: (_keys, _of_64[1]), 128: (_keys, _of_128[1])}
+_MORE_BWD["sm_90"] = _MORE_BWD["sm_80"] | {64: (_keys, _narrow_heads[1]), 128: (_keys, _wide_heads[1])}
 for _target in ("sm_100", "sm_103"):
     _MORE_BWD[_target] = _MORE_BWD["sm_80"] | {64: (_keys, AttentionBwdConfig(32, 64, 4, 3))}
 # 32 keys in half of the warps spill 28 bytes there with a relative bias.
 for _target in ("gfx942", "gfx950"):
-    _MORE_BWD[_target] = _MORE_BWD["sm_80"] | {128: (AttentionBwdConfig(32, 64, 8, 1), _of_128[1])}
+    _MORE_BWD[_target] = _MORE_BWD["sm_80"] | {128: (AttentionBwdConfig(32, 64, 8, 1), _wide_heads[1])}
 # 4 warps spill a kilobyte, and 32 queries 16 to 9200 bytes. At 64, of queries, one stage spills 16 bytes on
 # sm_120, where ptxas stops at 128 registers, and plain calls take 176 of them; two take 98 and 110.
 _FLOAT32_BWD = {
