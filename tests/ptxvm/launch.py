@@ -71,6 +71,8 @@ class Arguments:
         if key not in self.by_storage:
             self.by_storage[key] = self.memory.add(name, data)
         first = t.__array_interface__["data"][0] if isinstance(t, np.ndarray) else t.data_ptr()
+        if data.size and not first:  # torch tells no address of a view without elements
+            return 0
         return self.by_storage[key].base + (first - start if data.size else 0)
 
     def encode(self, param, arg, name):
