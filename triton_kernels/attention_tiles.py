@@ -20,7 +20,7 @@ from .philox import matrix_keep
 from .tiles import aligned
 
 LOG2_E: tl.constexpr = tl.constexpr(_LOG2_E)
-CHAIN: tl.constexpr = tl.constexpr(64)
+CHAIN: tl.constexpr = tl.constexpr(128)
 
 
 @triton.jit
@@ -80,11 +80,10 @@ class Pieces(NamedTuple):
 
 @triton.jit
 def chain(rows, BLOCK_D: tl.constexpr):
-    """How many columns of q·k are one chain of multiply-adds, in every pass over the scores: 256 of float32,
-    and 128 where a query's products grow large, end up twice as far from exact as torch's sums in blocks.
-    Known when a kernel is compiled."""
+    """How many columns of q·k are one chain of multiply-adds, in every pass over the scores: 256 of float32
+    end up twice as far from exact as torch's sums in blocks. Known when a kernel is compiled."""
     IS_FLOAT32: tl.constexpr = rows.ptr.dtype.element_ty.primitive_bitwidth == 32
-    return CHAIN if IS_FLOAT32 and BLOCK_D > 2 * CHAIN else BLOCK_D
+    return CHAIN if IS_FLOAT32 and BLOCK_D > CHAIN else BLOCK_D
 
 
 @triton.jit

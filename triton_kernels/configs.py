@@ -244,8 +244,7 @@ for _target in ("sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120"):
 _keys = _FLOAT32_BWD["sm_80"][128][0]
 for _target in ("sm_86", "sm_89"):
     _FLOAT32_BWD[_target][128] = (_keys, AttentionBwdConfig(16, 32, 8, 2))
-# There, with every argument, keys spill 116 bytes, and 132 in one stage, as queries 244 on gfx942: chains of
-# 64 columns hold more than 512 registers, and 8 or 32 rows, or other stages, spill more.
+# One stage spills 112 and 428 bytes there with every argument.
 _FLOAT32_BWD["gfx950"] = _FLOAT32_BWD["sm_80"] | {256: (AttentionBwdConfig(16, 32, 8, 2),) * 2}
 # In place of those, for plain calls: half of the keys leave shared memory for two programs of a
 # multiprocessor, with a tenth more instructions a key. Where dropout decides 32 at a time there must be 32.
