@@ -2,9 +2,12 @@
 
 Its bfloat16 arithmetic, elementwise and in products, takes the bits for integers: here operands are widened,
 which is exact, and what an operator gives is rounded once. From float32 it cuts bits off: here it rounds to
-nearest. It exchanges the members of triton.language at every call of a jitted function, where once a launch
-is enough: that is half of its time. Half of what is left goes into looking for overflows of integers of which
-nothing is then told: the assertion waits for an option, debug, that the interpreter never sets.
+nearest. Products of float32 it leaves to BLAS, whose order of sums changes with the tile's shape and the
+machine, so that gradients see other scores than forward did: here they are the chains of multiply-adds that
+compiled kernels have. It exchanges the members of triton.language at every call of a jitted function, where
+once a launch is enough: that is half of its time. Half of what is left goes into looking for overflows of
+integers of which nothing is then told: the assertion waits for an option, debug, that the interpreter never
+sets.
 """
 
 import numpy as np
@@ -37,6 +40,16 @@ def _computed(operator, builder, lhs, rhs, op):
     return builder.cast_impl(result, tl.bfloat16)
 
 
+def _product(dot, builder, a, b, sums, *more):
+    if a.dtype.scalar != tl.float32:
+        return dot(builder, _widened(a), _widened(b), sums, *more)
+    chain = sums.data
+    for column in range(a.data.shape[-1]):
+        factors = np.broadcast_arrays(a.data[..., column, None], b.data[..., column, None, :], chain)
+        chain = interpreter._interpreter.fma_fp32(*factors)
+    return interpreter.TensorHandle(chain, sums.dtype.scalar)
+
+
 def _is_exchanged(fn):
     languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
     return not any(tl.core.is_builtin(language.load) for language in languages)
@@ -45,7 +58,7 @@ def _is_exchanged(fn):
 def install():
     builder = interpreter.InterpreterBuilder
     dot = builder.create_dot
-    builder.create_dot = lambda self, a, b, *more: dot(self, _widened(a), _widened(b), *more)
+    builder.create_dot = lambda self, *given: _product(dot, self, *given)
     cast = builder.cast_impl
     builder.cast_impl = lambda self, value, kind: _rounded(cast, self, value, kind)
     operator = builder.binary_op
