@@ -185,6 +185,7 @@ def _chain_by_columns(
     queries, query, m0, in_rows, keys, key, n0, real, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
+    """Of WIDTH columns, in one chain."""
     BITS: tl.constexpr = queries.ptr.dtype.element_ty.primitive_bitwidth
     # ptxas keeps the loop over two pieces of 128 columns; that over four of 64 it unrolls, and spills up to
     # 32 bytes.

@@ -96,15 +96,9 @@ def load_pieces(
 
 @triton.jit
 def _load_pieces(
-    rows,
-    at,
-    start,
-    real,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    rows, at, start, real, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
-):
+):  # fmt: skip
     if WIDTH <= COLUMNS:
         return Pieces(load_rows(rows, at, start, real, WIDTH, BLOCK, COLUMNS, ALIGN), None)
     else:

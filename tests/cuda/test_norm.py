@@ -187,7 +187,8 @@ def test_statistics(emulator):
 
 # (kind, columns, dtype of x, of residual): every kernel that the launcher can launch, in both directions.
 INSTANTIATIONS = [
-    *((width, dtype, dtype) for width in (64, 544, 8200) for dtype in DTYPES),
+    *((width, dtype, dtype) for width in (64, 544) for dtype in DTYPES),
+    *((8200, dtype, dtype) for dtype in (BF16, F16)),
     (64, BF16, F32),
     (33, F32, F32),
     (16388, BF16, F32),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import ptxvm
 from tests.ptxvm.tests.build import nvcc
 
 bf16 = torch.bfloat16
@@ -38,6 +39,14 @@ def test_views_share_storage(m):
     c = torch.zeros(100)
     m.kernel("vecadd").launch(1, 128, [base[100:200], base[200:], c, 100])
     assert torch.equal(c, base[100:200] + base[200:])
+
+
+def test_a_view_without_elements_is_null(m):
+    empty, c = torch.randn(300)[100:100], torch.full((100,), 7.0)
+    m.kernel("vecadd").launch(1, 128, [empty, empty, c, 0])
+    assert c.eq(7).all()
+    with pytest.raises(ptxvm.MemoryFault):
+        m.kernel("vecadd").launch(1, 128, [empty, empty, c, 1])
 
 
 def test_numpy_arguments(m):
