@@ -14,17 +14,31 @@ namespace fastformer::cuda {
 
 constexpr int kFloatPanel = 32;  // columns
 
-// sum += a b: of large halves into `sum`, of these with small ones into `cross`.
-__device__ __forceinline__ void multiply_apart(float (&sum)[4], float (&cross)[4], const uint32_t (&a)[4],
-                                               uint32_t b0, uint32_t b1) {
-  uint32_t large_a[4], small_a[4], large_b[2], small_b[2];
+__device__ __forceinline__ void split_operands(const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                               uint32_t (&large_a)[4], uint32_t (&small_a)[4],
+                                               uint32_t (&large_b)[2], uint32_t (&small_b)[2]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) split_float32(a[i], large_a[i], small_a[i]);
   split_float32(b0, large_b[0], small_b[0]);
   split_float32(b1, large_b[1], small_b[1]);
+}
+
+// sum += a b: of large halves into `sum`, of these with small ones into `cross`.
+__device__ __forceinline__ void multiply_apart(float (&sum)[4], float (&cross)[4], const uint32_t (&a)[4],
+                                               uint32_t b0, uint32_t b1) {
+  uint32_t large_a[4], small_a[4], large_b[2], small_b[2];
+  split_operands(a, b0, b1, large_a, small_a, large_b, small_b);
   multiply_tf32(cross, small_a, large_b[0], large_b[1]);
   multiply_tf32(cross, large_a, small_b[0], small_b[1]);
   multiply_tf32(sum, large_a, large_b[0], large_b[1]);
+}
+
+// sum += a b of small halves alone.
+__device__ __forceinline__ void multiply_small(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                               uint32_t b1) {
+  uint32_t large_a[4], small_a[4], large_b[2], small_b[2];
+  split_operands(a, b0, b1, large_a, small_a, large_b, small_b);
+  multiply_tf32(sum, small_a, small_b[0], small_b[1]);
 }
 
 // sums += cross, where sums are numbers. Of inf the small half is NaN, and so is cross, and times inf
@@ -51,15 +65,14 @@ __device__ __forceinline__ void add_part(float (&sum)[kRowTiles][kTiles][4], int
   }
 }
 
-// sum += a b^T over one panel's columns: a of rows that lie at a_address, as units_then_rows gives it, and b
-// at b_address, as rows_then_units does. `cross` may be another panel's too.
-template <int kRowTiles, int kTiles>
-__device__ __forceinline__ void multiply_panel(uint32_t a_address, uint32_t b_address,
-                                               float (&sum)[kRowTiles][kTiles][4],
-                                               float (&cross)[kRowTiles][kTiles][4]) {
+// multiply(m, n, a, b0, b1) for every product of 8 columns of a and b, of the first kSteps * 8 of a panel: a
+// of rows that lie at a_address, as units_then_rows gives it, and b at b_address, as rows_then_units does.
+template <int kSteps, int kRowTiles, int kTiles, typename Multiply>
+__device__ __forceinline__ void for_each_product(uint32_t a_address, uint32_t b_address, Multiply multiply) {
   using P = Panel<2 * kFloatPanel>;
+  static_assert(kSteps <= P::kSteps, "a panel has 32 columns");
 #pragma unroll
-  for (int s = 0; s < P::kSteps; ++s) {
+  for (int s = 0; s < kSteps; ++s) {
     uint32_t a[kRowTiles][4], b[4];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) load_matrices(at_step(a_address, s) + 16 * m * P::kPitch, a[m]);
@@ -68,26 +81,39 @@ __device__ __forceinline__ void multiply_panel(uint32_t a_address, uint32_t b_ad
       load_matrices(at_step(b_address, s) + 16 * n * P::kPitch, b);
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        multiply_apart(sum[m][2 * n], cross[m][2 * n], a[m], b[0], b[1]);
-        multiply_apart(sum[m][2 * n + 1], cross[m][2 * n + 1], a[m], b[2], b[3]);
+        multiply(m, 2 * n, a[m], b[0], b[1]);
+        multiply(m, 2 * n + 1, a[m], b[2], b[3]);
       }
     }
   }
 }
 
-// sum += a b^T, a [.., columns] of kRowsA rows and b [.., columns] of kRowsB, panel by panel.
+// sum += a b^T, a of kRowsA rows and b of kRowsB, panel by panel of the `columns` that there are.
+//
+// One product may be all of a sum of few, and what it lacks without that of the small halves is up to 2^-22
+// of it, as much as four units in its last place: so up to 8 columns count this too. Of more, products that
+// are short by as much seldom are so together.
 template <int kRowsA, int kRowsB, int kRowTiles, int kTiles>
 __device__ __forceinline__ void add_float32_rows(uint32_t a_address, uint32_t b_address, int columns,
                                                  float (&sum)[kRowTiles][kTiles][4]) {
-  constexpr int kPitch = Panel<2 * kFloatPanel>::kPitch;
+  using P = Panel<2 * kFloatPanel>;
   float cross[kRowTiles][kTiles][4] = {};
+  if (columns <= 8) {
+    for_each_product<1, kRowTiles, kTiles>(
+        a_address, b_address, [&](int m, int n, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+          multiply_small(cross[m][n], a, b0, b1);
+        });
+  }
 #pragma unroll 1
   for (int column = 0; column < columns; column += kFloatPanel) {
     float part[kRowTiles][kTiles][4] = {};
-    multiply_panel(a_address, b_address, part, cross);
+    for_each_product<P::kSteps, kRowTiles, kTiles>(
+        a_address, b_address, [&](int m, int n, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+          multiply_apart(part[m][n], cross[m][n], a, b0, b1);
+        });
     add_part(sum, 0, part);
-    a_address += kRowsA * kPitch;
-    b_address += kRowsB * kPitch;
+    a_address += kRowsA * P::kPitch;
+    b_address += kRowsB * P::kPitch;
   }
   add_cross(sum, cross);
 }

@@ -115,7 +115,9 @@ struct SumPass {
     const uint32_t rows = units_then_rows<kBlock>(shared) + warp_row * kPanelPitch + c % 2 * kStage;
     const uint32_t keys = rows_then_units<kBlock>(shared) + warp_key * kPanelPitch + c % 2 * kStage;
     if constexpr (kFloat32) {
-      add_float32_rows<kBlock, kBlock>(rows, keys + kPlaceOfKeys, kColumns, products);
+      const int left =
+          c < query_chunks() ? call.D - c * kColumns : call.D_v - (c - query_chunks()) * kColumns;
+      add_float32_rows<kBlock, kBlock>(rows, keys + kPlaceOfKeys, min(left, kColumns), products);
     } else if (call.dtype == DType::kBFloat16) {
       add_rows_by_rows<DType::kBFloat16, kBlock, kBlock, kBlock>(rows, 0, keys, kPlaceOfKeys, products);
     } else {

@@ -93,6 +93,11 @@ def test_float32(which):
     judge_here(some_inputs(F32, M=40, N=70), which)
 
 
+def test_float32_of_one_column():
+    """A score that is one product shows all that the product lacks."""
+    judge_here(call("head dim 1", F32), "per_head")
+
+
 def test_nothing_but_weights_has_a_gradient():
     inputs = some_inputs(M=40, N=70) | {"return_weights": True}
     zero, grads = torch.zeros(()), torch.randn(B, H, 40, 70, generator=torch.Generator().manual_seed(2))

@@ -114,12 +114,14 @@ def _basic_blocks(code: list[Instruction]) -> tuple[list[range], list[list[int]]
     place = {instruction.address: index for index, instruction in enumerate(code)}
     targets, leaders = {}, {0}
     for index, instruction in enumerate(code):
-        if instruction.opcode in _ENDS_BLOCK:
+        # ptxas leaves some loops by a call that returns nowhere: @P0 CALL.REL.NOINC.
+        leaves = instruction.opcode == "CALL" and "NOINC" in instruction.modifiers and instruction.predicate
+        if instruction.opcode in _ENDS_BLOCK or leaves:
             leaders.add(index + 1)
             addresses = re.findall(r"0x[0-9a-f]+", instruction.operands)
             # BRA.DIV leads to the cold path of a divergent warp.
             jumps = instruction.opcode in ("BRA", "JMP") and "DIV" not in instruction.modifiers
-            if jumps and addresses:
+            if (jumps or leaves) and addresses:
                 targets[index] = place.get(int(addresses[-1], 16), 0)
                 leaders.add(targets[index])
     starts = sorted(leader for leader in leaders if leader < len(code))

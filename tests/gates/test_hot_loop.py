@@ -92,6 +92,12 @@ def test_of_nested_loops_the_inner():
     assert [loop.instructions for loop in hot_loops(*parse(listing(*lines)))] == [3]
 
 
+def test_a_call_that_leaves_a_loop():
+    inner = (MMA, "@P0 CALL.REL.NOINC {4}", "BRA {1}")
+    lines = ("@P2 BRA {4}", *inner, MMA, "@P1 BRA {0}", "EXIT")
+    assert [loop.instructions for loop in hot_loops(*parse(listing(*lines)))] == [3]
+
+
 def test_a_wait_inside_the_loop_is_no_loop_of_its_own():
     wait = ("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3", "@!P0 BRA {1}")
     lines = (MMA, *wait, "FADD R0, R0, R0", "@P1 BRA {0}", "EXIT")
