@@ -321,4 +321,6 @@ def _relative_bias_gradient(
 
 def bwd_configs(call: AttentionCall, target: str) -> tuple[AttentionBwdConfig, AttentionBwdConfig]:
     """For the gradients of keys, and for those of queries."""
-    return attention_bwd_config(target, call.dtype.itemsize, call.widest, call.is_plain, call.is_irregular)
+    return attention_bwd_config(
+        target, call.dtype.itemsize, call.widest, call.kind == "plain", call.is_irregular
+    )

@@ -108,16 +108,19 @@ class AttentionCall(NamedTuple):
         return self.packed or math.gcd(*strides) * self.dtype.itemsize % 16 != 0
 
     @property
-    def is_plain(self) -> bool:
-        """Whether a product becomes a weight by its scale alone, and hidden keys lie in whole blocks."""
-        t = self.tensors
-        extras = (t.mask, t.key_mask, t.padding, t.bias, t.relative_bias_ptr, t.softcap, t.seed_ptr)
-        return all(extra is None for extra in extras)
+    def kind(self) -> str:
+        """What lies between products and weights beside a scale, and beside hidden keys in whole blocks.
 
-    @property
-    def is_masked(self) -> bool:
-        """Whether a mask of single scores is read, and nothing dropped."""
-        return self.tensors.mask is not None and self.tensors.seed_ptr is None
+        "plain": nothing; "light": nothing of single scores but dropout; "masked": of these a mask, and no
+        dropout; "more": other things of single scores.
+        """
+        t = self.tensors
+        if t.bias is not None or t.relative_bias_ptr is not None:
+            return "more"
+        if t.mask is not None:
+            return "more" if t.seed_ptr is not None else "masked"
+        others = (t.key_mask, t.padding, t.softcap, t.seed_ptr)
+        return "plain" if all(other is None for other in others) else "light"
 
     @property
     def sides(self) -> int:

@@ -388,12 +388,13 @@ def attention_fwd(
 
 
 def fwd_config(call: AttentionCall, target: str) -> AttentionFwdConfig:
-    fills_tile = (call.D, call.D_v) == (call.flags["BLOCK_D"], call.flags["BLOCK_DV"])
-    plain = call.is_plain and (call.dtype.itemsize == 2 or fills_tile)
-    of_target, rest = (target, call.dtype.itemsize, call.widest), (call.sides, call.M, call.is_masked)
-    config = attention_fwd_config(*of_target, plain, *rest)
+    kind = call.kind
+    if call.dtype.itemsize == 4 and (call.D, call.D_v) != (call.flags["BLOCK_D"], call.flags["BLOCK_DV"]):
+        kind = "more"
+    of_target, of_call = (target, call.dtype.itemsize, call.widest), (call.sides, call.M)
+    config = attention_fwd_config(*of_target, kind, *of_call)
     if config.ahead and not all(fits_descriptor(rows) for rows in call.tensors[:3]):
-        config = attention_fwd_config(*of_target, False, *rest)
+        config = attention_fwd_config(*of_target, "light", *of_call)
     return config
 
 

@@ -106,9 +106,23 @@ _MORE["sm_120"] = _MORE["any"] | {64: AttentionFwdConfig(64, 32, 4, 2, 2, False)
 # There two stages spill 16 bytes beside a key mask.
 for _target in ("sm_100", "sm_103"):
     _MORE[_target] = _MORE["any"] | {128: AttentionFwdConfig(64, 64, 8, 3, 3, False)}
-# In place of those, with a mask of single scores and without dropout, which decides 32 keys at a time: there
-# 32 spill 24 bytes, of nt 7.2 and w1 .41, where 16 have 6.2 and .43.
-_MASKED = {"sm_120": {256: AttentionFwdConfig(64, 16, 8, 2, 2, False)}}
+# In place of those, of more than FEW_QUERIES queries, by what lies between products and weights. Warps that
+# find no queries and columns of their own repeat each other's products: 64 x 32 at 256 runs them 1.5 times,
+# and a useful one takes 7.3 instructions on sm_80 and 6.7 on sm_90, where these take 4.1 and 2.9. (On sm_90,
+# whose warps multiply four together, 64 queries in 8 do so at 128 too, and compute every score twice.) Edges
+# in two stages spill 16 bytes there with a window; two of 64 keys 16 on sm_80, and other chips lack room.
+_wide = {"sm_90": AttentionFwdConfig(128, 32, 8, 2, 1, False)}
+for _target in ("sm_80", "sm_86", "sm_89", "sm_100", "sm_103", "sm_120"):
+    _wide[_target] = AttentionFwdConfig(64, 64, 8, 1, 1, False)
+_MANY = {"plain": {_target: {256: _config} for _target, _config in _wide.items()}}
+# Nothing but what is known of a query or a key: else these spill 8 to 300 bytes.
+_MANY["light"] = _MANY["plain"] | {
+    "sm_90": {128: AttentionFwdConfig(128, 64, 8, 2, 2, False), 256: _wide["sm_90"]}
+}
+_MANY["more"] = {"sm_90": {128: AttentionFwdConfig(128, 32, 8, 2, 2, False)}}
+# A mask of single scores and no dropout, which decides 32 keys at a time: 32 spill 24 bytes on sm_120, of nt
+# 7.2 and w1 .41, where 16 have 6.2 and .43.
+_MANY["masked"] = _MANY["more"] | {"sm_120": {256: AttentionFwdConfig(64, 16, 8, 2, 2, False)}}
 # {width: tiles of plain calls whose heads fill the width, and of others, which spill up to 136 bytes in the
 # former}. Products of single numbers hold rows of both operands in registers: 4 warps spill 256 bytes. At 64
 # one stage spills 16 bytes on sm_100.
@@ -129,24 +143,23 @@ FEW_QUERIES = 16
 
 @functools.cache
 def attention_fwd_config(
-    target: str, itemsize: int, width: int, plain: bool, sides: int, M: int, masked: bool = False
+    target: str, itemsize: int, width: int, kind: str, sides: int, M: int
 ) -> AttentionFwdConfig:
     """The tile for heads of `width` columns, the larger of BLOCK_D and BLOCK_DV, and M queries.
 
-    target is "sm_90", "gfx942", ...; plain says that products become weights by their scale alone, and of
-    float32 also that heads are as wide as their tiles; sides is how many ends of a query's keys a window or
-    causality bounds; masked says that a mask of single scores is read, and nothing dropped.
+    target is "sm_90", "gfx942", ...; kind is AttentionCall.kind, but "more" of float32 heads that do not fill
+    their tiles; sides is how many ends of a query's keys a window or causality bounds.
     """
     width = max(width, 64)
     few, nvidia = M <= FEW_QUERIES, target.startswith("sm_")
     if itemsize == 4:
-        config = (_FLOAT32_FEW if few and nvidia else _FLOAT32)[width][not plain]
-    elif plain:
+        config = (_FLOAT32_FEW if few and nvidia else _FLOAT32)[width][kind != "plain"]
+    elif kind == "plain":
         config = _PLAIN.get(target, _PLAIN["sm_80"])[width][sides]
     else:
         config = _MORE.get(target, _MORE["any"])[width]
-        if masked and not few:
-            config = _MASKED.get(target, {}).get(width, config)
+    if itemsize == 2 and not few:
+        config = _MANY[kind].get(target, {}).get(width, config)
     if few:
         config = config._replace(block_m=min(16, config.block_m), ahead=False)
         if itemsize == 2:
@@ -199,6 +212,14 @@ _PLAIN_BWD["gfx950"] = _PLAIN_BWD["sm_80"] | {
     _width: (_keys._replace(num_stages=1), _queries)
     for _width, (_keys, _queries) in _PLAIN_BWD["sm_80"].items()
 }
+# With more shared memory than 99 KB 64 queries of keys multiply nothing twice, where 32 x 32 in 8 warps do so
+# 1.5 times: a useful product takes 1.7 instructions on sm_80 and 2.5 on sm_90, and took 3.8 and 4.0. 64 keys
+# spill 736 bytes on sm_90 and 336 on sm_100.
+_queries = _PLAIN_BWD["sm_80"][256][1]
+for _target in ("sm_86", "sm_89", "sm_100", "sm_103"):
+    _PLAIN_BWD[_target] = dict(_PLAIN_BWD["sm_80"])
+for _target, _block in (("sm_80", 64), ("sm_90", 32), ("sm_100", 32), ("sm_103", 32)):
+    _PLAIN_BWD[_target][256] = (AttentionBwdConfig(64, _block, 8, 1), _queries)
 # Of keys of irregular calls, where those of _PLAIN_BWD spill 64 bytes packed and 48 not aligned; 16 queries
 # in 4 warps 0 and 24.
 _IRREGULAR_BWD = {"sm_90": {128: AttentionBwdConfig(32, 64, 8, 3)}}
@@ -208,23 +229,35 @@ for _target in ("sm_100", "sm_103"):
 _MORE_BWD = {
     "sm_80": {
         64: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 64, 4, 1)),
-        128: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 32, 8, 1)),
-        256: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(16, 32, 8, 1)),
+        # Half of the keys, or of the rows, multiply the same 1.7 to 2.5 times: see _MANY.
+        128: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 64, 8, 1)),
+        256: (AttentionBwdConfig(32, 32, 8, 1), AttentionBwdConfig(16, 64, 8, 1)),
     }
 }
 # One stage spills there: 8 bytes with a bias of the scores' shape, or causality and a key mask; on sm_90 24
 # with a key mask, and 16 of keys at 64 with dropout; on sm_100 8 of those, and 8 of queries with a softcap,
-# which two stages make 16. Two spill 8 on sm_80 and 1304 on gfx942 with every argument.
+# which two stages make 16, and two of keys 24 of dropout, a relative bias and a key mask. Two spill 8 on
+# sm_80 and 1304 on gfx942 with every argument.
 _narrow_heads, _wide_heads = _MORE_BWD["sm_80"][64], _MORE_BWD["sm_80"][128]
 _keys = AttentionBwdConfig(32, 32, 4, 2)
 for _target in ("sm_86", "sm_89"):
     _MORE_BWD[_target] = _MORE_BWD["sm_80"] | {64: (_keys, AttentionBwdConfig(32, 64, 4, 2))}
-_MORE_BWD["sm_90"] = _MORE_BWD["sm_80"] | {64: (_keys, _narrow_heads[1]), 128: (_keys, _wide_heads[1])}
+_MORE_BWD["sm_90"] = {
+    64: (_keys, _narrow_heads[1]),
+    128: (_keys, _wide_heads[1]),
+    # One stage of queries spills 8 bytes with a mask and a bias.
+    256: (AttentionBwdConfig(32, 32, 8, 1), AttentionBwdConfig(16, 64, 8, 2)),
+}
 for _target in ("sm_100", "sm_103"):
-    _MORE_BWD[_target] = _MORE_BWD["sm_80"] | {64: (_keys, AttentionBwdConfig(32, 64, 4, 3))}
+    _MORE_BWD[_target] = _MORE_BWD["sm_80"] | {
+        64: (_keys._replace(num_stages=3), AttentionBwdConfig(32, 64, 4, 3))
+    }
 # 32 keys in half of the warps spill 28 bytes there with a relative bias.
 for _target in ("gfx942", "gfx950"):
-    _MORE_BWD[_target] = _MORE_BWD["sm_80"] | {128: (AttentionBwdConfig(32, 64, 8, 1), _wide_heads[1])}
+    _MORE_BWD[_target] = _MORE_BWD["sm_80"] | {
+        128: (AttentionBwdConfig(32, 64, 8, 1), AttentionBwdConfig(32, 32, 8, 1)),
+        256: (AttentionBwdConfig(16, 32, 8, 1),) * 2,
+    }
 # 4 warps spill a kilobyte, and 32 queries 16 to 9200 bytes. At 64, of queries, one stage spills 16 bytes on
 # sm_120, where ptxas stops at 128 registers, and plain calls take 176 of them; two take 98 and 110.
 _FLOAT32_BWD = {

@@ -113,6 +113,8 @@ def _calls(op: str) -> Iterator[tuple[torch.dtype, int, int, str]]:
             yield BF16, D, D, "packed"
             yield BF16, D, D, "lengths"
         yield BF16, 128, 128, "key mask"
+        yield BF16, 256, 256, "softcap"
+        yield BF16, 128, 128, "mask"
         for dtype in (BF16, F32):  # which takes more registers and shared memory than everything at once
             yield dtype, 256, 256, "mask"
         yield F16, 128, 128, "plain"

@@ -60,6 +60,7 @@ class Reading:
     loop: HotLoop | None  # None but on NVIDIA's chips
     tensor_cores: bool = False  # as the case says
     bytes_per_slot: float | None = None  # of DRAM, to an issue slot of the whole kernel
+    repeats: float = 1.0  # times that the hot loop runs each of its products, by all warps together
 
 
 def _model_version() -> bytes:
@@ -87,6 +88,22 @@ def _tile(launch: Launch) -> str:
     return " ".join(f"{name}={value}" for name, value in named.items())
 
 
+# Products in each kernel's hot loop for a pair of a query and a key: of D columns, and of D_v.
+_PRODUCTS = {"attention_fwd": (1, 1), "key_gradients": (2, 2), "query_gradients": (2, 1)}
+
+
+def _repeats(kernel: str, launch: Launch, loop: HotLoop | None) -> float:
+    """More than 1 where warps cannot share a tile's queries and columns, and multiply the same numbers. Not
+    told of one warp's rows, of few queries, which warps share by columns alone."""
+    if kernel not in _PRODUCTS or not loop or not loop.kflop:
+        return 1.0
+    block_m, block_n, *widths = (launch.options[f"BLOCK_{name}"] for name in ("M", "N", "D", "DV"))
+    if kernel == "attention_fwd" and block_m <= 16:
+        return 1.0
+    columns = sum(count * width for count, width in zip(_PRODUCTS[kernel], widths, strict=True))
+    return loop.kflop * 1e3 * launch.options["num_warps"] / (2 * block_m * block_n * columns)
+
+
 def read(case: Case, target: str) -> list[Reading]:
     """A reading for each kernel that the case launches, one for those that Triton compiles once."""
     if case.compiled:
@@ -105,7 +122,8 @@ def read(case: Case, target: str) -> list[Reading]:
         loop = _hot_loop(compiled.asm["cubin"]) if "cubin" in compiled.asm else None
         kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
         place = target, case.op, case.name, case.dim, case.gated, kernel, _tile(launch)
-        readings.append(Reading(*place, *resources(compiled), loop, case.tensor_cores))
+        found = *resources(compiled), loop, case.tensor_cores
+        readings.append(Reading(*place, *found, repeats=_repeats(kernel, launch, loop)))
     return readings
 
 

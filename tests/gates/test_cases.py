@@ -19,7 +19,7 @@ TABLES = {
     "attention": (
         "_PLAIN",
         "_MORE",
-        "_MASKED",
+        "_MANY",
         "_FLOAT32",
         "_FLOAT32_FEW",
         "_PLAIN_BWD",
@@ -32,7 +32,7 @@ TABLES = {
 }
 CHOOSERS = (configs.attention_fwd_config, configs.attention_bwd_config, configs.gemm_config)
 # Of one target. On one core a case of a norm takes a second, one of the others 3 to 12.
-MOST_CASES = {"norm": 260, "attention": 92, "feed_forward": 40}
+MOST_CASES = {"norm": 260, "attention": 95, "feed_forward": 40}
 # The same of kernels in CUDA C++, which take 4.
 MOST_COMPILED = {"norm": 112, "attention": 64, "feed_forward": 15}
 
@@ -54,8 +54,10 @@ def relabelled(table, labels, path=()):
 
 def stands_for(place, target):
     """Whether a target's calls can come to this place of a table."""
-    name, key, *_ = place
-    if name in ("_MASKED", "_IRREGULAR_BWD"):
+    name, key, *rest = place
+    if name == "_MANY":
+        return rest[0] == target
+    if name == "_IRREGULAR_BWD":
         return key == target
     if name in ("_PLAIN", "_MORE", "_PLAIN_BWD", "_MORE_BWD", "_FLOAT32_BWD"):
         default = "any" if name == "_MORE" else "sm_80"

@@ -35,6 +35,7 @@ SOME = [
     ("norm_bwd_cuda", "sm_120", "C=768 float32"),
     ("attention_fwd", "sm_90", "D=64 D_v=64 bfloat16 plain"),
     ("attention_fwd", "sm_80", "D=64 D_v=64 bfloat16 window"),
+    ("attention_fwd", "sm_90", "D=128 D_v=128 bfloat16 key mask"),
     ("attention_fwd", "sm_90", "D=128 D_v=128 bfloat16 everything, one query"),
     ("attention_bwd", "sm_80", "D=64 D_v=64 bfloat16 causal"),
     ("feed_forward_fwd", "sm_90", "bfloat16 tile 0 even"),
@@ -121,6 +122,8 @@ def reading(op="attention_fwd", target="sm_90", dim=128, kernel="attention_fwd",
         # Only the spill gate binds a call that is not the plain one.
         ({"gated": False, "loop": HotLoop(**{**vars(LOOP), "nt": 9.0, "w1": 0.1})}, None),
         ({"gated": False, "spilled": 4}, "spills 4 bytes"),
+        ({"gated": False, "repeats": 1.5}, "runs its products 1.50 times"),
+        ({"gated": False, "repeats": 1.5, "case": "D=256 plain"}, None),
         ({"bytes_per_slot": 6.9}, "moves 6.9 bytes of DRAM to an instruction; at least 7.0 wanted"),
         ({"bytes_per_slot": 7.0}, None),
         ({"bytes_per_slot": 1.0, "gated": False}, None),
@@ -146,6 +149,8 @@ def test_what_is_computed_twice_counts_against_the_kernels(monkeypatch):
     assert SECOND_CHOICE["attention_bwd", "sm_80", 128].most_nt == 2.7
     (sentence,) = misses(both)
     assert "nt is 2.80" in sentence
+    repeated = [reading("attention_bwd", "sm_80", kernel="first", repeats=1.5)]
+    assert useful("attention_bwd", repeated).nt == pytest.approx(2.0 * 4 * 1.5 / 5)
 
 
 def test_the_command_fails_on_a_miss(monkeypatch, capsys):

@@ -57,7 +57,7 @@ def assert_whole(counters):
 def test_forward(monkeypatch, emulation, D, causal):
     monkeypatch.setattr(configs, "_MOST_SPLITS", 1)
     attention_fwd(*arguments(D, causal))
-    config = configs.attention_fwd_config(emulation.target, SIZE, D, True, int(causal), LENGTH)
+    config = configs.attention_fwd_config(emulation.target, SIZE, D, "plain", int(causal), LENGTH)
     keys = keys_read(config.block_m, config.block_n, causal)
     counters = emulation.counters["_attention_fwd_kernel"]
     assert counters.global_load_bytes == H * (LENGTH + 2 * keys) * D * SIZE
@@ -72,7 +72,7 @@ def test_one_query_of_many_keys(monkeypatch, emulation, D):
     shares hold is read once, in whole sectors: the statistics of eight fill one, and of wide heads several
     lanes ask for it, of which DRAM sees the first."""
     monkeypatch.setattr(configs, "_LEAST_BLOCKS", 1)
-    config = configs.attention_fwd_config(emulation.target, SIZE, D, True, 0, 1)
+    config = configs.attention_fwd_config(emulation.target, SIZE, D, "plain", 0, 1)
     splits, keys = 8, 8 * config.block_n
     attention_fwd(*arguments(D, M=1, N=keys))
     counters, combining = (emulation.counters[f"_{name}_kernel"] for name in ("attention_fwd", "combine"))

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 F32, BF16 = torch.float32, torch.bfloat16
 # The entries' modes: as many sides of a query's keys are bounded as the mode's number, and then more.
-MODES = ("plain", "causal", "window", "more", "masked")
+MODES = ("plain", "causal", "window", "light", "more", "masked")
 N = 300
 
 
@@ -42,9 +42,9 @@ class Call(NamedTuple):
         return "sm_90" if self.told == "sm_90" else "sm_80"
 
     def forward_tile(self) -> configs.AttentionFwdConfig:
-        plain, sides = self.mode not in ("more", "masked"), min(MODES.index(self.mode), 2)
-        of_target = self.told, self.dtype.itemsize, self.D
-        return configs.attention_fwd_config(*of_target, plain, sides, self.M, self.mode == "masked")
+        kind = self.mode if MODES.index(self.mode) > 2 else "plain"
+        of_target, sides = (self.told, self.dtype.itemsize, self.D), min(MODES.index(self.mode), 2)
+        return configs.attention_fwd_config(*of_target, kind, sides, self.M)
 
     def backward_tiles(self) -> tuple[configs.AttentionBwdConfig, configs.AttentionBwdConfig]:
         plain, packed = self.mode != "more", self.mode == "packed"
@@ -60,6 +60,7 @@ class Call(NamedTuple):
             "plain": {},
             "causal": {"causal": "lower_right"},
             "window": {"window": (90, 40), "corner": "lower_right"},
+            "light": {"softcap": 5.0},
             "more": {"bias": bias if requires_grad else bias.detach(), "softcap": 5.0},
             "masked": {"mask": d.bools(1, 1, self.M, N)},
         }
@@ -77,11 +78,10 @@ def packed_inputs(call: Call) -> dict[str, Any]:
 def different(tiles_of, modes, lengths):
     """The first call for each tile, width, type and mode on each target that is emulated.
 
-    Neither bounds nor packing choose a tile of float32. Packing chooses none but those of _IRREGULAR_BWD, and
-    a mask none but those of _MASKED.
+    Neither bounds nor packing choose a tile of float32. Packing chooses none but those of _IRREGULAR_BWD.
     """
     first = {}
-    of_one_mode = {"packed": configs._IRREGULAR_BWD, "masked": configs._MASKED}
+    of_one_mode = {"packed": configs._IRREGULAR_BWD}
     for told in ("sm_80", "sm_90", *TARGETS):
         for dtype in (BF16, F32):
             for D in (64, 128, 256):

@@ -132,7 +132,7 @@ def test_more_shares_than_are_added_in_a_step():
     mask[:, 900:1300] = False
     mask[1, :1400] = False
     mask[2] = False
-    config = configs.attention_fwd_config("sm_80", 4, 256, False, 0, 3)
+    config = configs.attention_fwd_config("sm_80", 4, 256, "more", 0, 3)
     assert config.splits(2, 1500) > configs.combined_shares(256)
     judge_attention(inputs | {"mask": mask, "return_lse": True}, backend="triton")
 
