@@ -129,7 +129,7 @@ def _key_gradients_kernel(
     b, h_kv = first_b + tl.program_id(2), tl.program_id(1)
     head = group_of(call, b, h_kv, M, N, H, left, right, lower_right, GROUP)
     in_keys = n0 + tl.arange(0, BLOCK_N) < head.N
-    k = load_pieces(call.key, key_at(call.key, head, ALIGN), n0, in_keys, D, BLOCK_N, BLOCK_D, ALIGN)
+    k = load_pieces(call, call.key, key_at(call.key, head, ALIGN), n0, in_keys, D, BLOCK_N, BLOCK_D, ALIGN)
     v = load_rows(call.value, key_at(call.value, head, ALIGN), n0, in_keys, D_v, BLOCK_N, BLOCK_DV, ALIGN)
     dk = zero_pieces(k)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .launch import dropout_constants
+from .launch import TARGET, dropout_constants
 
 LOG2_E = math.log2(math.e)
 
@@ -72,6 +72,7 @@ class Tensors(NamedTuple):
     starts_k_ptr: Any
     scale: Any  # float >= 0: what a product counts in logits (see QUERY_SIGN)
     softcap: Any  # None or float
+    long_chains: Any  # None, or 1 where float32 products are summed up over 128 columns at once and not 64
     dropout_scale: Any  # float
 
 
@@ -246,6 +247,8 @@ def attention_call(
         starts_k_ptr=cu_seqlens_k,
         scale=abs(scale) if sign else 1.0,
         softcap=softcap,
+        # Four chains spill 116 and 244 bytes there, which no tile of 13 did without.
+        long_chains=1 if TARGET == "hip" and D > 128 else None,
         dropout_scale=dropout_scale,
     )
     # A side that is wider than all distances hides nothing, and its sums must not overflow.

@@ -100,10 +100,10 @@ def _load_queries(
     """Queries offs_m, which but for OF_GROUP are those from m0 on, [BLOCK_M, BLOCK_D]."""
     if OF_GROUP:
         query, at = rows_apart(call.query, head, offs_m, ALIGN)
-        return load_pieces(query, at, 0, offs_m < head.M, D, BLOCK_M, BLOCK_D, ALIGN)
+        return load_pieces(call, query, at, 0, offs_m < head.M, D, BLOCK_M, BLOCK_D, ALIGN)
     elif descriptors[0] is None:
         query = query_at(call.query, head, ALIGN)
-        return load_pieces(call.query, query, m0, offs_m < head.M, D, BLOCK_M, BLOCK_D, ALIGN)
+        return load_pieces(call, call.query, query, m0, offs_m < head.M, D, BLOCK_M, BLOCK_D, ALIGN)
     else:  # rows past the last are of another sequence, or zeros
         first = head.first_query.to(tl.int32) + m0
         return Pieces(_load_block(call, head.b, head.h, descriptors[0], first, BLOCK_M, BLOCK_D), None)
@@ -127,7 +127,7 @@ def _edge_blocks(
         if BY_DESCRIPTOR:
             k = Pieces(_load_block(call, head.b, head.h_kv, descriptors[1], n0, BLOCK_N, BLOCK_D), None)
         else:
-            k = load_pieces(call.key, key, n0, real, D, BLOCK_N, BLOCK_D, ALIGN)
+            k = load_pieces(call, call.key, key, n0, real, D, BLOCK_N, BLOCK_D, ALIGN)
         products = row_products(q, k)
         scores = score_tile(call, head, products, offs_m[:, None], offs_n[None, :])
         scores = hide(call, head, scores, offs_m[:, None], offs_n[None, :], real[None, :])
@@ -153,7 +153,7 @@ def _full_blocks(
     if descriptors[0] is None:
         for n0 in range(begin, end, BLOCK_N):
             offs_n = n0 + tl.arange(0, BLOCK_N)
-            k = load_pieces(call.key, key, n0, None, D, BLOCK_N, BLOCK_D, ALIGN)
+            k = load_pieces(call, call.key, key, n0, None, D, BLOCK_N, BLOCK_D, ALIGN)
             products = row_products(q, k)
             scores = score_tile(call, head, products, offs_m[:, None], offs_n[None, :])
             exponents, rescale, row_max = _exponents(call, scores, row_max, FUSED)

@@ -135,7 +135,9 @@ def load_queries(
     in_rows = None
     if EDGE:
         in_rows = offs_m < head.M
-    q = load_pieces(call.query, query_at(call.query, head, ALIGN), m0, in_rows, D, BLOCK_M, BLOCK_D, ALIGN)
+    q = load_pieces(
+        call, call.query, query_at(call.query, head, ALIGN), m0, in_rows, D, BLOCK_M, BLOCK_D, ALIGN
+    )
     from_row = query_at(scores.grad_out, head, ALIGN)
     grad_out = load_rows(scores.grad_out, from_row, m0, in_rows, D_v, BLOCK_M, BLOCK_DV, ALIGN)
     terms = _terms_of(scores, head, offs_m, in_rows, TRANSPOSED)
@@ -152,7 +154,7 @@ def load_keys(
     real = None
     if EDGE:
         real = real_keys(call, head, offs_n)
-    k = load_pieces(call.key, key_at(call.key, head, ALIGN), n0, real, D, BLOCK_N, BLOCK_D, ALIGN)
+    k = load_pieces(call, call.key, key_at(call.key, head, ALIGN), n0, real, D, BLOCK_N, BLOCK_D, ALIGN)
     v = load_rows(call.value, key_at(call.value, head, ALIGN), n0, real, D_v, BLOCK_N, BLOCK_DV, ALIGN)
     return Keys(n0, along(offs_n, 1, False), along(real, 1, False), k, v)
 
@@ -218,7 +220,7 @@ def tile_by_itself(
     keys = Keys(n0, offs_n[None, :], real[None, :], None, None)
     products = _products_by_columns(
         call.query, query_at(call.query, head, ALIGN), m0, in_rows, call.key, key_at(call.key, head, ALIGN),
-        n0, real, chain(call.query, BLOCK_D), D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN,
+        n0, real, chain(call, BLOCK_D), D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN,
     )  # fmt: skip
     w, _ = weight_tile(call, head, products * QUERY_SIGN, queries, keys, True)
     if scores.grad_out is None:

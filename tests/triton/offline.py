@@ -15,6 +15,7 @@ from typing import NamedTuple
 import triton
 from fastformer.triton_kernels import (
     attention_bwd,
+    attention_call,
     attention_fwd,
     attention_rows,
     attention_sums,
@@ -51,6 +52,7 @@ SHARED_LIMIT = {
 LAUNCHERS = (
     norm_fwd,
     norm_bwd,
+    attention_call,
     attention_fwd,
     attention_rows,
     attention_sums,
