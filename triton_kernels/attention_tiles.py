@@ -81,7 +81,7 @@ class Pieces(NamedTuple):
 @triton.jit
 def chain(call, BLOCK_D: tl.constexpr):
     """How many columns of q·k are one chain of multiply-adds, in every pass over the scores: 96 of float32
-    end up five times as far from exact as torch's sums on a CPU, in lanes. Known when a kernel is compiled."""
+    end up five times as far from exact as torch's sums in lanes. Known when a kernel is compiled."""
     IS_FLOAT32: tl.constexpr = call.query.ptr.dtype.element_ty.primitive_bitwidth == 32
     MOST: tl.constexpr = CHAIN if call.long_chains is None else 2 * CHAIN
     return MOST if IS_FLOAT32 and BLOCK_D > MOST else BLOCK_D

@@ -120,9 +120,9 @@ _MANY["light"] = _MANY["plain"] | {
     "sm_90": {128: AttentionFwdConfig(128, 64, 8, 2, 2, False), 256: _wide["sm_90"]}
 }
 _MANY["more"] = {"sm_90": {128: AttentionFwdConfig(128, 32, 8, 2, 2, False)}}
-# A mask of single scores and no dropout, which decides 32 keys at a time: 32 spill 24 bytes on sm_120, of nt
-# 7.2 and w1 .41, where 16 have 6.2 and .43.
-_MANY["masked"] = _MANY["more"] | {"sm_120": {256: AttentionFwdConfig(64, 16, 8, 2, 2, False)}}
+# A mask of single scores, and no dropout: there 64 queries spill 24 bytes, of 10.9 instructions a product,
+# where these take 9.9. (16 keys spill nothing, run products 2.5 times, and take 15.4.)
+_MANY["masked"] = _MANY["more"] | {"sm_120": {256: AttentionFwdConfig(32, 32, 4, 3, 3, False)}}
 # {width: tiles of plain calls whose heads fill the width, and of others, which spill up to 136 bytes in the
 # former}. Products of single numbers hold rows of both operands in registers: 4 warps spill 256 bytes. At 64
 # one stage spills 16 bytes on sm_100.
@@ -221,17 +221,19 @@ for _target in ("sm_86", "sm_89", "sm_100", "sm_103"):
 for _target, _block in (("sm_80", 64), ("sm_90", 32), ("sm_100", 32), ("sm_103", 32)):
     _PLAIN_BWD[_target][256] = (AttentionBwdConfig(64, _block, 8, 1), _queries)
 # Of keys of irregular calls, where those of _PLAIN_BWD spill 64 bytes packed and 48 not aligned; 16 queries
-# in 4 warps 0 and 24.
-_IRREGULAR_BWD = {"sm_90": {128: AttentionBwdConfig(32, 64, 8, 3)}}
+# in 4 warps 0 and 24. These spill 16 with a bounded side. 64 keys spill nothing in 8 warps, run products 1.5
+# times, and take 5.1 instructions a product, where these take 2.2.
+_IRREGULAR_BWD = {"sm_90": {128: AttentionBwdConfig(32, 128, 8, 3)}}
 # There two stages spill 8 bytes packed.
 for _target in ("sm_100", "sm_103"):
     _IRREGULAR_BWD[_target] = {64: AttentionBwdConfig(64, 128, 8, 3)}
 _MORE_BWD = {
     "sm_80": {
         64: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 64, 4, 1)),
-        # Half of the keys, or of the rows, multiply the same 1.7 to 2.5 times: see _MANY.
+        # Half of the keys, or of the rows, multiply the same 1.7 to 2.5 times: see _MANY. At 256, of keys,
+        # these do so 1.5 times, and spill 16 bytes with every argument.
         128: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 64, 8, 1)),
-        256: (AttentionBwdConfig(32, 32, 8, 1), AttentionBwdConfig(16, 64, 8, 1)),
+        256: (AttentionBwdConfig(32, 32, 8, 1), AttentionBwdConfig(16, 64, 8, 2)),
     }
 }
 # One stage spills there: 8 bytes with a bias of the scores' shape, or causality and a key mask; on sm_90 24
@@ -242,12 +244,7 @@ _narrow_heads, _wide_heads = _MORE_BWD["sm_80"][64], _MORE_BWD["sm_80"][128]
 _keys = AttentionBwdConfig(32, 32, 4, 2)
 for _target in ("sm_86", "sm_89"):
     _MORE_BWD[_target] = _MORE_BWD["sm_80"] | {64: (_keys, AttentionBwdConfig(32, 64, 4, 2))}
-_MORE_BWD["sm_90"] = {
-    64: (_keys, _narrow_heads[1]),
-    128: (_keys, _wide_heads[1]),
-    # One stage of queries spills 8 bytes with a mask and a bias.
-    256: (AttentionBwdConfig(32, 32, 8, 1), AttentionBwdConfig(16, 64, 8, 2)),
-}
+_MORE_BWD["sm_90"] = _MORE_BWD["sm_80"] | {64: (_keys, _narrow_heads[1]), 128: (_keys, _wide_heads[1])}
 for _target in ("sm_100", "sm_103"):
     _MORE_BWD[_target] = _MORE_BWD["sm_80"] | {
         64: (_keys._replace(num_stages=3), AttentionBwdConfig(32, 64, 4, 3))
