@@ -256,7 +256,9 @@ for _target in ("gfx942", "gfx950"):
         256: (AttentionBwdConfig(16, 32, 8, 1),) * 2,
     }
 # 4 warps spill a kilobyte, and 32 queries 16 to 9200 bytes. At 64, of queries, one stage spills 16 bytes on
-# sm_120, where ptxas stops at 128 registers, and plain calls take 176 of them; two take 98 and 110.
+# sm_120, where ptxas stops at 128 registers, and plain calls take 176 of them; two take 98 and 110. At 128,
+# of keys, one stage spills 16 bytes on sm_80 with every argument; with three, which spill nothing, a
+# multiprocessor has two programs of a plain call and not three.
 _FLOAT32_BWD = {
     "sm_80": {
         64: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 2)),
