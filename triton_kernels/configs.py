@@ -230,10 +230,10 @@ for _target in ("sm_100", "sm_103"):
 _MORE_BWD = {
     "sm_80": {
         64: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 64, 4, 1)),
-        # Half of the keys, or of the rows, multiply the same 1.7 to 2.5 times: see _MANY. At 256, of keys,
-        # these do so 1.5 times, and spill 16 bytes with every argument.
+        # Half of the keys, or of the rows, multiply the same 1.7 to 2.5 times: see _MANY. At 256 these spill
+        # with every argument 16 bytes, of keys, on sm_80, and 8 on sm_86 and sm_89.
         128: (AttentionBwdConfig(32, 32, 4, 1), AttentionBwdConfig(32, 64, 8, 1)),
-        256: (AttentionBwdConfig(32, 32, 8, 1), AttentionBwdConfig(16, 64, 8, 2)),
+        256: (AttentionBwdConfig(32, 32, 8, 1), AttentionBwdConfig(16, 64, 8, 1)),
     }
 }
 # One stage spills there: 8 bytes with a bias of the scores' shape, or causality and a key mask; on sm_90 24
@@ -249,6 +249,12 @@ for _target in ("sm_100", "sm_103"):
     _MORE_BWD[_target] = _MORE_BWD["sm_80"] | {
         64: (_keys._replace(num_stages=3), AttentionBwdConfig(32, 64, 4, 3))
     }
+# One stage of queries spills there: 8 bytes with every argument, or with a mask and a bias; and so do two on
+# sm_80.
+_MORE_BWD["sm_120"] = dict(_MORE_BWD["sm_80"])
+for _target, _stages in (("sm_80", 3), ("sm_90", 2), ("sm_100", 2), ("sm_103", 2)):
+    _keys, _queries = _MORE_BWD[_target][256]
+    _MORE_BWD[_target][256] = (_keys, _queries._replace(num_stages=_stages))
 # 32 keys in half of the warps spill 28 bytes there with a relative bias.
 for _target in ("gfx942", "gfx950"):
     _MORE_BWD[_target] = _MORE_BWD["sm_80"] | {

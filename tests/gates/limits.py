@@ -14,6 +14,8 @@ MOST_SPILLED = 0
 # {(kernel, target, case)}; the reasons stand in configs.py.
 EXCUSED_SPILLS: dict[tuple[str, str, str], int] = {
     ("key_gradients", "sm_80", "D=256 D_v=256 bfloat16 everything"): 16,
+    ("query_gradients", "sm_86", "D=256 D_v=256 bfloat16 everything"): 8,
+    ("query_gradients", "sm_89", "D=256 D_v=256 bfloat16 everything"): 8,
     ("key_gradients", "sm_80", "D=128 D_v=128 float32 everything"): 16,
     ("key_gradients", "sm_90", "D=128 D_v=128 bfloat16 packed"): 16,
     # CUDA C++, two scalars that every block of keys reads once. With 16 queries a warp nothing spills, and on
