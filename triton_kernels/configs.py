@@ -223,8 +223,10 @@ for _target, _block in (("sm_80", 64), ("sm_90", 32), ("sm_100", 32), ("sm_103",
 # Of keys of irregular calls, where those of _PLAIN_BWD spill 64 bytes packed and 48 not aligned; 16 queries
 # in 4 warps 0 and 24. These spill 16 with a bounded side. 64 keys spill nothing in 8 warps, run products 1.5
 # times, and take 5.1 instructions a product, where these take 2.2.
-_IRREGULAR_BWD = {"sm_90": {128: AttentionBwdConfig(32, 128, 8, 3)}}
-_IRREGULAR_BWD["sm_120"] = {128: AttentionBwdConfig(32, 32, 4, 2)}  # that of _PLAIN_BWD spills 40 not aligned
+_IRREGULAR_BWD = {
+    "sm_90": {128: AttentionBwdConfig(32, 128, 8, 3)},
+    "sm_120": {128: AttentionBwdConfig(32, 32, 4, 2)},  # that of _PLAIN_BWD spills 40 where not aligned
+}
 # There two stages spill 8 bytes packed.
 for _target in ("sm_100", "sm_103"):
     _IRREGULAR_BWD[_target] = {64: AttentionBwdConfig(64, 128, 8, 3)}
@@ -247,11 +249,9 @@ for _target in ("sm_86", "sm_89"):
     _MORE_BWD[_target] = _MORE_BWD["sm_80"] | {64: (_keys, AttentionBwdConfig(32, 64, 4, 2))}
 _MORE_BWD["sm_90"] = _MORE_BWD["sm_80"] | {64: (_keys, _narrow_heads[1]), 128: (_keys, _wide_heads[1])}
 for _target in ("sm_100", "sm_103"):
-    _MORE_BWD[_target] = _MORE_BWD["sm_80"] | {
-        64: (_keys._replace(num_stages=3), AttentionBwdConfig(32, 64, 4, 3))
-    }
-# One stage of queries spills there: 8 bytes with every argument, or with a mask and a bias; and so do two on
-# sm_80.
+    _three = _keys._replace(num_stages=3)
+    _MORE_BWD[_target] = _MORE_BWD["sm_80"] | {64: (_three, AttentionBwdConfig(32, 64, 4, 3))}
+# One stage of queries spills 8 bytes there with every argument, or a mask and a bias; two do so on sm_80.
 _MORE_BWD["sm_120"] = dict(_MORE_BWD["sm_80"])
 for _target, _stages in (("sm_80", 3), ("sm_90", 2), ("sm_100", 2), ("sm_103", 2)):
     _keys, _queries = _MORE_BWD[_target][256]
@@ -264,8 +264,7 @@ for _target in ("gfx942", "gfx950"):
     }
 # 4 warps spill a kilobyte, and 32 queries 16 to 9200 bytes. At 64, of queries, one stage spills 16 bytes on
 # sm_120, where ptxas stops at 128 registers, and plain calls take 176 of them; two take 98 and 110. At 128,
-# of keys, one stage spills 16 bytes on sm_80 with every argument; with three, which spill nothing, a
-# multiprocessor has two programs of a plain call and not three.
+# of keys, one stage spills 16 bytes on sm_80 with every argument; three leave a plain call a program less.
 _FLOAT32_BWD = {
     "sm_80": {
         64: (AttentionBwdConfig(16, 32, 8, 1), AttentionBwdConfig(32, 32, 8, 2)),
