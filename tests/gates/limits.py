@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from tests.triton.offline import SHARED_LIMIT
 
-from .readings import Reading
+from .readings import PRODUCTS, Reading
 
 # Bytes a thread that a kernel may spill: none, but where configs.py tells a measured reason.
 MOST_SPILLED = 0
@@ -126,7 +126,8 @@ for _width in (64, 128):
 # are a case each); and those that each kernel's hot loop runs, recomputed ones too.
 USEFUL_PRODUCTS = {"attention_fwd": 2, "attention_fwd_cuda": 2, "attention_bwd": 5, "attention_bwd_cuda": 5}
 USEFUL_PRODUCTS["feed_forward_cuda"] = 1
-RUN_PRODUCTS = {"attention_fwd": 2, "key_gradients": 4, "query_gradients": 3, "attention_bwd_keys": 5}
+RUN_PRODUCTS = {kernel: sum(of_columns) for kernel, of_columns in PRODUCTS.items()}
+RUN_PRODUCTS["attention_bwd_keys"] = 5
 RUN_PRODUCTS["feed_forward"] = 1
 # Other kernels with products, whose hot loop has one.
 MULTIPLYING = {*RUN_PRODUCTS, "hidden", "hidden_bwd", "gemm", "score_sum", "relative_bias", "attention_sums"}

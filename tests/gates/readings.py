@@ -89,18 +89,18 @@ def _tile(launch: Launch) -> str:
 
 
 # Products in each kernel's hot loop for a pair of a query and a key: of D columns, and of D_v.
-_PRODUCTS = {"attention_fwd": (1, 1), "key_gradients": (2, 2), "query_gradients": (2, 1)}
+PRODUCTS = {"attention_fwd": (1, 1), "key_gradients": (2, 2), "query_gradients": (2, 1)}
 
 
 def _repeats(kernel: str, launch: Launch, loop: HotLoop | None) -> float:
     """More than 1 where warps cannot share a tile's queries and columns, and multiply the same numbers. Not
     told of one warp's rows, of few queries, which warps share by columns alone."""
-    if kernel not in _PRODUCTS or not loop or not loop.kflop:
+    if kernel not in PRODUCTS or not loop or not loop.kflop:
         return 1.0
     block_m, block_n, *widths = (launch.options[f"BLOCK_{name}"] for name in ("M", "N", "D", "DV"))
     if kernel == "attention_fwd" and block_m <= 16:
         return 1.0
-    columns = sum(count * width for count, width in zip(_PRODUCTS[kernel], widths, strict=True))
+    columns = sum(count * width for count, width in zip(PRODUCTS[kernel], widths, strict=True))
     return loop.kflop * 1e3 * launch.options["num_warps"] / (2 * block_m * block_n * columns)
 
 
