@@ -28,9 +28,12 @@ struct BackwardPass {
   static constexpr int kWarps = kTile.warps, kStages = kTile.stages;
   static constexpr bool kFloat32 = kType == DType::kFloat32, kPlain = kKind == BackwardKind::kPlain;
   static constexpr int kColumns = kPanelColumns<kType, kD>;
-  // Of scores, a warp's [16 kRowTiles, 8 kTiles] of [kBlockM, kBlockN].
+  // Of scores, a warp's [16 kRowTiles, 8 kTiles] of [kBlockM, kBlockN]: all warps', or those of the first.
   static constexpr int kScoreRows = kTile.score_rows, kRowTiles = kBlockM / 16 / kScoreRows;
-  static constexpr int kTiles = kBlockN / 8 / (kWarps / kScoreRows);
+  static constexpr int kScoreWarps = kBlockN / 8 < kWarps / kScoreRows ? kScoreRows * kBlockN / 8 : kWarps;
+  static constexpr int kTiles = kBlockN / 8 / (kScoreWarps / kScoreRows);
+  // Of float32: the second 8 of 16 keys lie 16 columns after the first, where apart_column has them.
+  static constexpr int kSpread = kFloat32 && kBlockN == 16 ? 2 : 1;
   // Of dK and dV, of [kBlockN, kD].
   static constexpr int kKeyRows = kTile.key_rows, kKeyRowTiles = kBlockN / 16 / kKeyRows;
   static constexpr int kKeyTiles = kD / 8 / (kWarps / kKeyRows);
@@ -189,8 +192,9 @@ struct BackwardPass {
   __device__ __forceinline__ void make_scores() {
     const uint32_t rows = rows_of_warp + stage;
     const uint32_t columns = rows_then_units<kColumns>(shared) + warp_key * kPanelPitch;
-    const uint32_t place = kFloat32 ? float_place_of_lane<kBlockM>(shared + kPlaceOfP, warp_row, warp_key)
-                                    : place_of_lane<kBlockM>(shared + kPlaceOfP, warp_row, warp_key);
+    const uint32_t place =
+        kFloat32 ? float_place_of_lane<kBlockM>(shared + kPlaceOfP, warp_row, kSpread * warp_key)
+                 : place_of_lane<kBlockM>(shared + kPlaceOfP, warp_row, warp_key);
     const int i0 = tile * kBlockM + warp_row, j0 = keys.n0 + warp_key;
     RowPivot pivots[kRowTiles][2];
     Scores weights, grads, slopes;
@@ -262,7 +266,6 @@ struct BackwardPass {
   }
 
   __device__ __forceinline__ void add_float32_gradients(const float* so_far, float* sums) {
-    constexpr int kChunks = kBlockM / kFloatPanel;
     constexpr bool kKept = kD <= 128;
     const int first_column = warp / kKeyRows * 8 * kKeyTiles;
     const uint32_t weights = apart_columns_of_lane<kBlockM>(shared + kPlaceOfP, warp % kKeyRows);
@@ -272,12 +275,11 @@ struct BackwardPass {
         load_apart(place + (chunk * kFloatPanel + 8 * s) * kPanelPitch, words);
       };
     };
-    add_float32_columns<kChunks, kBlockM, kKept>(of_keys(weights), rows + kGradOut, call.D_v - first_column,
-                                                 dv);
+    add_float32_columns<kBlockM, kKept>(of_keys(weights), rows + kGradOut, call.D_v - first_column, dv);
     const uint32_t grads =
         units_then_rows<kColumns>(shared + kPlaceOfP + kScores) + Sums::first_row(warp) * kPanelPitch;
     const auto of_queries = [&](int chunk, int s, uint32_t (&words)[4]) {
-      load_matrices(at_step(grads, s) + chunk * kBlockM * kPanelPitch, words);
+      load_matrices(at_step(grads, kSpread * s) + chunk * kBlockM * kPanelPitch, words);
     };
 #pragma unroll
     for (int first = 0; first < Sums::kTiles; first += kPart) {
@@ -285,11 +287,11 @@ struct BackwardPass {
       if (first > 0 && column >= call.D) continue;
       float dq[Sums::kRowTiles][kPart][4];
       Sums::load(so_far + first * Sums::kStep, dq);
-      add_float32_columns<kBlockN / kFloatPanel, kBlockN, kKept>(
-          of_queries, apart_columns_of_lane<kBlockN>(shared, column / 16), call.D - column, dq);
+      add_float32_columns<kBlockN, kKept>(of_queries, apart_columns_of_lane<kBlockN>(shared, column / 16),
+                                          call.D - column, dq);
       Sums::store(sums + first * Sums::kStep, dq);
     }
-    add_float32_columns<kChunks, kBlockM, kKept>(of_keys(weights + kScores), rows, call.D - first_column, dk);
+    add_float32_columns<kBlockM, kKept>(of_keys(weights + kScores), rows, call.D - first_column, dk);
   }
 
   template <bool kEdge>
@@ -299,7 +301,7 @@ struct BackwardPass {
     if constexpr (kStages == 2) {
       if (tile > tiles.begin) copy_queries<false>(tile - 1, kStage - stage);
     }
-    make_scores<kEdge>();
+    if (kScoreWarps == kWarps || warp < kScoreWarps) make_scores<kEdge>();
     __syncthreads();
     add_gradients();
     if constexpr (kStages == 2) {
@@ -339,7 +341,8 @@ struct BackwardPass {
                                                   const float (&sums)[kKeyRowTiles][kKeyTiles][4]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int key = keys.n0 + apart_column(lane_row(), warp % kKeyRows) + r;
+      const int column = apart_column(lane_row(), warp % kKeyRows) + r;
+      const int key = keys.n0 + column % 16 + column / 16 * (16 / kSpread);
       if (key >= head.N) continue;
       float* const row = static_cast<float*>(to.data) + head.b * to.stride_b + head.h_kv * to.stride_h +
                          (head.first_key + key) * to.stride_row;

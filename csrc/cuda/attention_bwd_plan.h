@@ -53,6 +53,9 @@ struct RowSums {
 
 constexpr int kBackwardWarps = 8;  // of a block, at most; of the kernel over rows
 
+// The fewest queries or keys that a tile has.
+constexpr int kFewestRows = 16;
+
 // Bytes that the pass over keys takes beside its tiles, at most.
 constexpr int kStaticShared = 1024;
 
@@ -84,23 +87,24 @@ constexpr int shared_bytes_of(const BackwardTile& tile, int block_d, DType dtype
   return 2 * static_cast<int>(size_of(dtype)) * elements;
 }
 
+// Which calls an instantiation serves: all; those with nothing but ranges of hidden keys, in 16 bits up to D
+// = 128; or all of wider heads where a block has too little shared memory for the first.
+enum class BackwardKind : int32_t { kGeneral, kPlain, kSmall };
+
 // Of float32, whose products take six times as long, and whose tiles twice the bytes: 96 KB at D = 64 and 72
-// at 128; 136 at 256.
-constexpr BackwardTile float32_backward_tile(int block_d) {
+// at 128; 136 at 256. Small tiles take 68: 32 keys would be 100 of 99, and of 16 keys two warps make scores.
+constexpr BackwardTile float32_backward_tile(int block_d, BackwardKind kind) {
+  if (kind == BackwardKind::kSmall) return {16, 16, 1, 1, 1, 1, 1, 4};
   if (block_d > 64) return {32, 32, 2, 2, 2, 1, block_d > 128 ? 1 : 2, 4};
   return {64, 64, 4, 4, 4, 1, 1};
 }
-
-// Which calls an instantiation serves: all; those with nothing but ranges of hidden keys, up to D = 128; or
-// all of wider heads where a block has too little shared memory for the first. Float32 has the first alone.
-enum class BackwardKind : int32_t { kGeneral, kPlain, kSmall };
 
 // Wider tiles read less of shared memory for a product: ldmatrix brings 32 rows to a warp for 32 or 64
 // columns. The general kernel has half the keys, and fits 99 KB up to D = 128: it serves plain calls too
 // where there is no more. It runs twice the instructions, which there, where tensor cores have half of an
 // A100's rate, find their slots: 6 of 16 for a product at D = 128. Small tiles take 73 KB.
 constexpr BackwardTile backward_tile(int block_d, BackwardKind kind, DType dtype) {
-  if (dtype == DType::kFloat32) return float32_backward_tile(block_d);
+  if (dtype == DType::kFloat32) return float32_backward_tile(block_d, kind);
   if (kind == BackwardKind::kSmall) return {32, 32, 2, 1, 1, 1, 1, 4};
   if (kind == BackwardKind::kGeneral) return {64, 64, 4, 2, 2, 1, 1};
   if (block_d > 64) return {64, 128, 2, 4, 2, 2, 1};
@@ -109,10 +113,8 @@ constexpr BackwardTile backward_tile(int block_d, BackwardKind kind, DType dtype
 
 // Whether there is an instantiation, and a block may have its shared memory.
 constexpr bool is_chosen(int block_d, BackwardKind kind, DType dtype, int64_t most_shared) {
-  if (kind != BackwardKind::kGeneral &&
-      (dtype == DType::kFloat32 || (block_d > 128) != (kind == BackwardKind::kSmall))) {
-    return false;
-  }
+  if (kind == BackwardKind::kPlain && (block_d > 128 || dtype == DType::kFloat32)) return false;
+  if (kind == BackwardKind::kSmall && block_d <= 128) return false;
   const bool fits =
       shared_bytes_of(backward_tile(block_d, kind, dtype), block_d, dtype) + kStaticShared <= most_shared;
   return fits &&

@@ -66,7 +66,8 @@ __device__ __forceinline__ void add_part(float (&sum)[kRowTiles][kTiles][4], int
 }
 
 // multiply(m, n, a, b0, b1) for every product of 8 columns of a and b, of the first kSteps * 8 of a panel: a
-// of rows that lie at a_address, as units_then_rows gives it, and b at b_address, as rows_then_units does.
+// of rows that lie at a_address, as units_then_rows gives it, and b at b_address, as rows_then_units does: of
+// an odd number of tiles 8 rows more are read, whatever they hold.
 template <int kSteps, int kRowTiles, int kTiles, typename Multiply>
 __device__ __forceinline__ void for_each_product(uint32_t a_address, uint32_t b_address, Multiply multiply) {
   using P = Panel<2 * kFloatPanel>;
@@ -77,12 +78,12 @@ __device__ __forceinline__ void for_each_product(uint32_t a_address, uint32_t b_
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) load_matrices(at_step(a_address, s) + 16 * m * P::kPitch, a[m]);
 #pragma unroll
-    for (int n = 0; n < kTiles / 2; ++n) {
-      load_matrices(at_step(b_address, s) + 16 * n * P::kPitch, b);
+    for (int n = 0; n < kTiles; n += 2) {
+      load_matrices(at_step(b_address, s) + 8 * n * P::kPitch, b);
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        multiply(m, 2 * n, a[m], b[0], b[1]);
-        multiply(m, 2 * n + 1, a[m], b[2], b[3]);
+        multiply(m, n, a[m], b[0], b[1]);
+        if (n + 1 < kTiles) multiply(m, n + 1, a[m], b[2], b[3]);
       }
     }
   }
@@ -217,29 +218,30 @@ __device__ __forceinline__ void load_apart(uint32_t address, uint32_t (&words)[4
   words[0] = first.x, words[1] = first.y, words[2] = second.x, words[3] = second.y;
 }
 
-// sum += a b over kChunks times 32 of what both share. load_a(chunk, step, words) loads 16 rows and 8 of
-// these of operand a: once, where kKept and there are registers, or again for every 16 columns. b, of kRows
-// rows, is read down its columns from b_address on, which begins a panel; panels that begin `left` columns
-// from there or further take no time. Sums of two tiles that belong together are columns apart_column(2 t) to
-// the third from there: element e of tile j is 2 (e % 2) + j.
-template <int kChunks, int kRows, bool kKept, int kTiles, typename LoadA>
+// sum += a b over the kRows of what both share, 32 at a time. load_a(chunk, step, words) loads 16 rows and 8
+// of these of operand a: once, where kKept and there are registers, or again for every 16 columns. b, of
+// kRows rows, is read down its columns from b_address on, which begins a panel, or its second half for 16
+// columns; panels that begin `left` columns from there or further take no time. Sums of two tiles that belong
+// together are columns apart_column(2 t) to the third from there: element e of tile j is 2 (e % 2) + j.
+template <int kRows, bool kKept, int kTiles, typename LoadA>
 __device__ __forceinline__ void add_float32_columns(LoadA load_a, uint32_t b_address, int left,
                                                     float (&sum)[1][kTiles][4]) {
+  constexpr int kChunk = kRows < kFloatPanel ? kRows : kFloatPanel, kSteps = kChunk / 8;
 #pragma unroll
-  for (int chunk = 0; chunk < kChunks; ++chunk) {
-    uint32_t a[4][4];
+  for (int chunk = 0; chunk < kRows / kChunk; ++chunk) {
+    uint32_t a[kSteps][4];
 #pragma unroll
-    for (int s = 0; s < 4; ++s) {
+    for (int s = 0; s < kSteps; ++s) {
       if (kKept) load_a(chunk, s, a[s]);
     }
 #pragma unroll
     for (int pair = 0; pair < kTiles / 2; ++pair) {
       if (kFloatPanel * (pair / 2) >= left) continue;
       const uint32_t place = (b_address ^ static_cast<uint32_t>(pair % 2 * 32)) +
-                             (pair / 2 * kRows + chunk * kFloatPanel) * kPanelPitch;
+                             (pair / 2 * kRows + chunk * kChunk) * kPanelPitch;
       float part[1][2][4] = {}, cross[1][2][4] = {};
 #pragma unroll
-      for (int s = 0; s < 4; ++s) {
+      for (int s = 0; s < kSteps; ++s) {
         uint32_t b[4];
         if (!kKept) load_a(chunk, s, a[s]);
         load_apart(place + 8 * s * kPanelPitch, b);

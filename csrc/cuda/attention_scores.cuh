@@ -335,8 +335,8 @@ __device__ __forceinline__ void add_relative_bias(const AttentionFwdParams& p, c
 }
 
 // 0 for the weights that dropout drops. A lane's eight weights of a row in 32 columns are the halves of one
-// call's words: column 32 J + 8 w + 2 t + e is half e of word w of counter (4 J + t, i, stream, 0). A tile of
-// 16 columns takes the first two words, or the last.
+// call's words: column 32 J + 8 w + 2 t + e is half e of word w of counter (4 J + t, i, stream, 0). Narrower
+// tiles, of 16 or 8 columns, take two words or one.
 template <typename Rows, int kRowTiles, int kTiles>
 __device__ __forceinline__ void drop(const AttentionFwdParams& p, const Head& head, uint64_t seed, Rows rows,
                                      int n0, float (&weights)[kRowTiles][kTiles][4]) {
@@ -353,7 +353,11 @@ __device__ __forceinline__ void drop(const AttentionFwdParams& p, const Head& he
         const PhiloxWords decisions = philox4x32_7(seed, call, i, head.stream + at.g, 0);
 #pragma unroll
         for (int w = 0; w < (kTiles < 4 ? kTiles : 4); ++w) {
-          const uint32_t word = first == 0 ? decisions.w[w] : decisions.w[w + kTiles % 4];
+          uint32_t word = decisions.w[w];
+#pragma unroll
+          for (int later = kTiles; later < 4; later += kTiles) {
+            if (first == later) word = decisions.w[later + w];
+          }
           float (&tile)[4] = weights[m][four + w];
           if ((word & 0xffffu) < p.threshold) tile[2 * r] = 0.0f;
           if (word >> 16 < p.threshold) tile[2 * r + 1] = 0.0f;

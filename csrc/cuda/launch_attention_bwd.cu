@@ -21,8 +21,8 @@ BackwardKernels backward_kernels_of() {
 template <DType kType>
 BackwardKernels backward_kernels_of(int block_d, BackwardKind kind) {
   using enum BackwardKind;
+  if (kind == kSmall) return backward_kernels_of<kType, 256, kSmall>();
   if constexpr (kType != DType::kFloat32) {
-    if (kind == kSmall) return backward_kernels_of<kType, 256, kSmall>();
     if (kind == kPlain) {
       return block_d == 64 ? backward_kernels_of<kType, 64, kPlain>()
                            : backward_kernels_of<kType, 128, kPlain>();
@@ -283,7 +283,7 @@ SixTensors attention_bwd(const std::optional<Tensor>& grad_out, const std::optio
   }
   if (need_sink) p.grad_sink = floats_of(grads.sink);
   const int64_t longest = std::max(p.call.M, p.call.N);
-  STD_TORCH_CHECK(int64_t{p.call.B} * p.call.H * (longest / 32 + 1) < int64_t{1} << 31,
+  STD_TORCH_CHECK(int64_t{p.call.B} * p.call.H * (longest / kFewestRows + 1) < int64_t{1} << 31,
                   "gradients of attention of 2**31 tiles or more are not served by cuda");
   const AttentionBwdPlan plan = plan_attention_bwd(p, packed ? query.size(0) : 0, most_shared());
   STD_TORCH_CHECK(plan.block_d > 0, "attention's gradients at D = ", p.call.D, " and D_v = ", p.call.D_v,

@@ -33,9 +33,6 @@ _FEW_ROWS, _FEW_QUERIES = 128, 16
 _MAX_HEAD_DIM = 256
 # Queries and keys together, so that sums of positions stay 32-bit.
 _MAX_POSITIONS = 2**29
-# Chips whose blocks may have 99 KB of shared memory, and what attention's float32 gradients go up to there.
-_LITTLE_SHARED = ((8, 6), (8, 9), (12, 0), (12, 1))
-_MAX_SMALL_HEAD_DIM = 128
 # Major compute capabilities whose tensor cores take whole tiles from shared memory.
 _FED_FROM_SHARED = (9, 10)
 # Where tensor cores multiply float32, in three products of its parts, faster than multiply-adds do. Of these
@@ -130,10 +127,8 @@ def why_not(op: str, spec: Any, tensors: tuple[Tensor | None, ...]) -> str | Non
     refusal = _unusable(first.device) or raw_ops.dtype_refusal(tensors)
     if refusal is not None:
         return refusal
-    if op == "attention_fwd":
+    if op.startswith("attention"):
         return _attention_refusal(spec, tensors)
-    if op == "attention_bwd":
-        return _attention_refusal(spec, tensors) or _gradient_refusal(tensors)
     if op == "paged_attention_fwd":
         query, key_pages, value_pages, page_table = tensors[:4]
         assert query is not None and key_pages is not None
@@ -185,19 +180,6 @@ def _lengths(spec: AttentionSpec, query: Tensor, key: Tensor) -> tuple[int, int]
     return M, N
 
 
-def _gradient_refusal(tensors: tuple[Tensor | None, ...]) -> str | None:
-    """What attention's backward does not do beside what forward does not."""
-    query, value = tensors[0], tensors[2]
-    assert query is not None and value is not None
-    wide = max(query.shape[-1], value.shape[-1]) > _MAX_SMALL_HEAD_DIM
-    if wide and query.dtype == torch.float32 and _has_little_shared(query.device):
-        return (
-            f"its attention's float32 gradients at head dims over {_MAX_SMALL_HEAD_DIM} take 137 KB of "
-            "shared memory"
-        )
-    return None
-
-
 def gives_way(op: str, tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether "auto" should prefer Triton's kernel, where that serves the call: these take their operands
     from registers, which is half the rate of tensor cores that take tiles from shared memory. Not where
@@ -224,11 +206,6 @@ def _is_faster_in_parts(device: torch.device) -> bool:
 @raw_ops.constant_in_graphs
 def _is_fed_from_shared(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] in _FED_FROM_SHARED
-
-
-@raw_ops.constant_in_graphs
-def _has_little_shared(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) in _LITTLE_SHARED
 
 
 globals().update(raw_ops.functions("cuda", (*_SERVED, "attention_weights")))
