@@ -38,7 +38,8 @@ struct BackwardPass {
   static constexpr int kKeyRows = kTile.key_rows, kKeyRowTiles = kBlockN / 16 / kKeyRows;
   static constexpr int kKeyTiles = kD / 8 / (kWarps / kKeyRows);
   using Sums = QuerySums<kType, kD, kKind>;
-  static constexpr int kPart = kD > 128 ? Sums::kTiles / 4 : Sums::kTiles;  // of dQ, at a time
+  // Of dQ, at a time; of float32 a panel.
+  static constexpr int kPart = kD <= 128 ? Sums::kTiles : kFloat32 ? kFloatPanel / 8 : Sums::kTiles / 4;
   // Bytes from K's place in shared memory. A stage is Q and dO.
   static constexpr int kPlaceOfV = 2 * kBlockN * kColumns, kPlaceOfQ = 2 * kPlaceOfV;
   static constexpr int kGradOut = 2 * kBlockM * kColumns, kStage = 2 * kGradOut;

@@ -220,9 +220,9 @@ __device__ __forceinline__ void load_apart(uint32_t address, uint32_t (&words)[4
 
 // sum += a b over the kRows of what both share, 32 at a time. load_a(chunk, step, words) loads 16 rows and 8
 // of these of operand a: once, where kKept and there are registers, or again for every 16 columns. b, of
-// kRows rows, is read down its columns from b_address on, which begins a panel, or its second half for 16
-// columns; panels that begin `left` columns from there or further take no time. Sums of two tiles that belong
-// together are columns apart_column(2 t) to the third from there: element e of tile j is 2 (e % 2) + j.
+// kRows rows, is read down its columns from b_address on, which begins a panel; panels that begin `left`
+// columns from there or further take no time. Sums of two tiles that belong together are columns
+// apart_column(2 t) to the third from there: element e of tile j is 2 (e % 2) + j.
 template <int kRows, bool kKept, int kTiles, typename LoadA>
 __device__ __forceinline__ void add_float32_columns(LoadA load_a, uint32_t b_address, int left,
                                                     float (&sum)[1][kTiles][4]) {
