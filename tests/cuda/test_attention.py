@@ -72,6 +72,13 @@ def test_every_case(name, dtype):
     judge_case(name, dtype)
 
 
+@pytest.mark.parametrize("N, D", ((40, 256), (512, 32)))
+def test_long_sums_of_float32(N, D):
+    """Of one sign, so that what tensor cores cut off would add up."""
+    inputs = attention_inputs(1, 1, 20, N, D, dtype=F32)
+    judge_here({name: tensor.abs() for name, tensor in inputs.items()} | {"return_lse": True})
+
+
 @pytest.mark.parametrize("D, dtype", ((64, BF16), (128, BF16), (100, F32)))
 def test_full_and_edge_blocks(D, dtype):
     judge_here(some_inputs(D, dtype, causal="lower_right"))

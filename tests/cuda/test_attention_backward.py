@@ -57,6 +57,19 @@ def test_one_key_weighs_one():
     judge_here(call("window (0, 0)", F32, return_lse=True))
 
 
+@pytest.mark.parametrize(
+    "M, D, most",
+    ((512, 32, A100), *(pytest.param(256, 256, most, marks=pytest.mark.slow) for most in (A100, ADA))),
+)
+def test_long_sums_of_float32(gradient_emulator, M, D, most):
+    """Of one sign, lse's gradient included, so that what tensor cores cut off would add up."""
+    gradient_emulator.most_shared = most
+    inputs = attention_inputs(1, 1, M, 32, D, dtype=F32)
+    positive = {name: tensor.abs().requires_grad_() for name, tensor in inputs.items()}
+    grads = torch.rand(1, 1, M, D), torch.full((1, 1, M), 100.0)
+    judge_here(positive | {"return_lse": True}, grad_outputs=grads)
+
+
 SPANS = ({}, {"causal": "lower_right"}, {"window": (90, 40)}, {"key_lengths": torch.tensor([270])})
 
 
