@@ -123,13 +123,23 @@ def test_layouts_of_float32(layout):
     judge_here(attention_inputs(1, 2, 40, 70, 36, D_v=44, dtype=F32, layout=layout, requires_grad=True))
 
 
+def judge_dropout(D, dtype, M=70, N=140):
+    inputs = attention_inputs(1, 2, M, N, D, dtype=dtype, requires_grad=True)
+    fn_only, plain_only = dropout_of(0.3, 1, 2, M, N)
+    judge_here(inputs, fn_only=fn_only, plain_only=plain_only)
+
+
 @pytest.mark.parametrize(
     "dtype", (F16, *(pytest.param(t, marks=pytest.mark.slow) for t in (BF16, F32))), ids=str
 )
 def test_dropout(dtype):
-    inputs = attention_inputs(1, 2, 70, 140, 32, dtype=dtype, requires_grad=True)
-    fn_only, plain_only = dropout_of(0.3, 1, 2, 70, 140)
-    judge_here(inputs, fn_only=fn_only, plain_only=plain_only)
+    judge_dropout(32, dtype)
+
+
+@pytest.mark.parametrize("dtype", (pytest.param(BF16, marks=pytest.mark.slow), F32), ids=str)
+def test_dropout_of_wide_heads_in_little_shared_memory(gradient_emulator, dtype):
+    gradient_emulator.most_shared = ADA
+    judge_dropout(140, dtype, M=20, N=70)
 
 
 @pytest.mark.slow
