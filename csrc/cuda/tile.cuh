@@ -222,18 +222,26 @@ __device__ __forceinline__ void row_sum(float (&values)[kCount], float (*shared)
     }
     return;
   }
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) values[i] = warp_sum(values[i], kWarp);
-  if (threads == kWarp) return;
-
-  const uint32_t lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp, first = threadIdx.y * warps;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    if (lane == 0) shared[first + threadIdx.x / kWarp][i] = values[i];
+  // Each half of the lanes adds up one of two values.
+  static_assert(kCount <= 2 && kMaxWarps <= kWarp / 2);
+  constexpr int kHalf = kWarp / 2;
+  const uint32_t lane = threadIdx.x % kWarp, own = kCount * lane / kWarp;
+  const float given = kCount == 2 && own == 0 ? values[1] : values[0];
+  float sum = kCount == 2 && own == 1 ? values[1] : values[0];
+  sum += __shfl_xor_sync(0xffffffffu, given, kHalf);
+  sum = warp_sum(sum, kHalf);
+  if (threads > kWarp) {
+    const uint32_t warps = blockDim.x / kWarp, first = threadIdx.y * warps, other = lane % kHalf;
+    if (lane % (kWarp / kCount) == 0) shared[first + threadIdx.x / kWarp][own] = sum;
+    __syncthreads();
+    sum = warp_sum(other < warps ? shared[first + other][own] : 0.0f, kHalf);
   }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) values[i] = warp_sum(lane < warps ? shared[first + lane][i] : 0.0f, kWarp);
+  values[0] = sum;
+  if constexpr (kCount == 2) {
+    const float others = __shfl_xor_sync(0xffffffffu, sum, kHalf);
+    values[0] = own == 0 ? sum : others;
+    values[1] = own == 1 ? sum : others;
+  }
 }
 
 }  // namespace fastformer::cuda
