@@ -15,22 +15,22 @@ using Kernel = void (*)(Params);
 DType type_of(const NormFwdParams& p) { return p.x_dtype; }
 DType type_of(const NormBwdParams& p) { return p.s_dtype; }
 
-Kernel<NormFwdParams> norm_fwd_kept(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return norm_fwd_kept_kernel<DType::kFloat32>;
-    case DType::kBFloat16:
-      return norm_fwd_kept_kernel<DType::kBFloat16>;
-    case DType::kFloat16:
-      return norm_fwd_kept_kernel<DType::kFloat16>;
-  }
-  return nullptr;
+template <DType kType>
+Kernel<NormFwdParams> norm_fwd_kept(int columns) {
+  if (columns == 32) return norm_fwd_kept_kernel<kType, 32>;
+  return columns == 48 ? norm_fwd_kept_kernel<kType, 48> : norm_fwd_kept_kernel<kType, 64>;
 }
 
-Kernel<NormFwdParams> kernel_of(NormKernel kernel, const NormFwdParams& p) {
-  switch (kernel) {
+Kernel<NormFwdParams> norm_fwd_kept(DType dtype, int columns) {
+  if (dtype == DType::kFloat32) return norm_fwd_kept_kernel<DType::kFloat32, 32>;
+  return dtype == DType::kBFloat16 ? norm_fwd_kept<DType::kBFloat16>(columns)
+                                   : norm_fwd_kept<DType::kFloat16>(columns);
+}
+
+Kernel<NormFwdParams> kernel_of(const NormPlan& plan, const NormFwdParams& p) {
+  switch (plan.kernel) {
     case NormKernel::kFwdKept:
-      return norm_fwd_kept(type_of(p));
+      return norm_fwd_kept(type_of(p), plan.thread_columns);
     case NormKernel::kFwdAny:
       return norm_fwd_any_kernel;
     case NormKernel::kFwdWide:
@@ -57,8 +57,8 @@ Kernel<NormBwdParams> norm_bwd_kept_wide(DType dtype) {
                                    : norm_bwd_kept_wide_kernel<DType::kFloat16>;
 }
 
-Kernel<NormBwdParams> kernel_of(NormKernel kernel, const NormBwdParams& p) {
-  switch (kernel) {
+Kernel<NormBwdParams> kernel_of(const NormPlan& plan, const NormBwdParams& p) {
+  switch (plan.kernel) {
     case NormKernel::kBwdKept:
       return norm_bwd_kept(type_of(p));
     case NormKernel::kBwdKeptWide:
@@ -77,7 +77,7 @@ Kernel<NormBwdParams> kernel_of(NormKernel kernel, const NormBwdParams& p) {
 template <typename Params>
 cudaError_t launch(const NormPlan& plan, const Params& params, cudaStream_t stream) {
   if (plan.grid_x == 0 || plan.grid_y == 0) return cudaSuccess;
-  const Kernel<Params> kernel = kernel_of(plan.kernel, params);
+  const Kernel<Params> kernel = kernel_of(plan, params);
   if (plan.shared_bytes > 0) {
     static Allowed allowed[3];  // by type, of the one kernel that has any
     const cudaError_t error =

@@ -121,12 +121,12 @@ __device__ __forceinline__ void finish_row(const NormFwdParams& p, int units, fl
   }
 }
 
-// Rows of up to kKeptColumns columns a thread in registers; x and residual of type kType, parameters of kType
+// Rows of up to kColumns columns a thread in registers; x and residual of type kType, parameters of kType
 // or float32, 16-byte aligned throughout. Writes out, mean, rstd and, with a residual, sum.
-template <DType kType>
+template <DType kType, int kColumns>
 __global__ void __launch_bounds__(kMaxThreads) norm_fwd_kept_kernel(const __grid_constant__ NormFwdParams p) {
   constexpr int kUnit = kType == DType::kFloat32 ? kNarrowUnit : kWideUnit;
-  constexpr int kUnits = kKeptColumns / kUnit;
+  constexpr int kUnits = kColumns / kUnit;
   const RowOfBlock row = row_of_block(p.rows);
   const int units = row.real ? static_cast<int>(static_cast<uint32_t>(p.columns) / kUnit) : 0;
   uint4 words[kUnits];

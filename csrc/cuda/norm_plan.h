@@ -5,11 +5,11 @@
 // an instruction; half of the issue slots idle in practice, so we aim at 7 bytes moved per instruction. A
 // 16-bit layer norm moves 4 bytes a column and spends 8.5 lane instructions on it: 3 conversions and a half
 // (x, weight, bias, out), add, subtract, fused square, scale, fused weight and bias. That is 15 bytes a slot
-// before all that a warp does once, in 180 to 250 slots: addresses, two reductions, statistics. So a lane
-// should bring 32 columns; what was compiled then issues 7.2 to 9 bytes a slot (tests/gates counts them).
-// Backward a lane has room for 16 columns beside their shares of two gradients: 7.3 to 8.5. Bytes in flight:
-// 3.35 TB/s at 0.7 us latency is 18 KB an SM, and the 20 warps that 96 registers allow ask for 2 KB of x each
-// before they wait.
+// before all that a warp does once, in 120 to 180 slots: addresses, two reductions, statistics. So a lane
+// should bring 32 columns, or up to 64 where a second warp would bring few; what was compiled then moves 7.0
+// to 9.8 bytes a slot (tests/gates counts them). Backward a lane has room for 16 columns beside their shares
+// of two gradients: 6.9 to 9.2. Bytes in flight: 3.35 TB/s at 0.7 us latency is 18 KB an SM, and the 16 warps
+// that 128 registers allow ask for 2 KB of x each before they wait.
 #pragma once
 
 #include <cstdint>
@@ -86,7 +86,7 @@ constexpr int kNarrowUnit = 4;
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 512;  // leaves 128 registers a thread
 constexpr int kMaxWarps = kMaxThreads / kWarp;
-constexpr int kKeptColumns = 32;  // that a thread of kFwdKept or kBwdKeptWide holds at most
+constexpr int kKeptColumns = 32;  // that a thread of kBwdKeptWide holds at most
 constexpr int kReduceLines = 16;  // shares of dweight and dbias that a block adds side by side
 
 enum class NormKernel : int32_t {
@@ -124,6 +124,7 @@ inline const char* name_of(NormKernel kernel) {
 
 struct NormPlan {
   NormKernel kernel;
+  int32_t thread_columns;  // of kFwdKept, which has an instantiation for each
   uint32_t grid_x, grid_y;
   uint32_t block_x, block_y;  // block_x threads share a row, block_y rows share a block
   uint32_t shared_bytes;      // dynamic
@@ -151,6 +152,21 @@ inline uint32_t threads_per_row(int64_t columns, int in_a_warp, int columns_per_
   return threads;
 }
 
+// Columns that a thread of kFwdKept holds at most.
+constexpr int kThreadColumns[] = {32, 48, 64};
+
+// Which of these costs least. What every warp does besides takes as long as 16 columns. Of float32 a column
+// is twice the bytes.
+inline int best_thread_columns(int64_t columns, DType dtype) {
+  int best = kThreadColumns[0];
+  if (dtype == DType::kFloat32) return best;
+  const auto cost = [&](int each) { return ceil_div(columns, kWarp * each) * (each + 16); };
+  for (const int each : kThreadColumns) {
+    if (cost(each) < cost(best)) best = each;
+  }
+  return best;
+}
+
 inline NormPlan plan_norm_fwd(NormFwdParams& p) {
   // Four rows a block when a warp or less holds a row: a block per row would wait for its slowest load alone.
   constexpr uint32_t kBlock = 128;
@@ -174,7 +190,8 @@ inline NormPlan plan_norm_fwd(NormFwdParams& p) {
   } else if (few_types && rows_aligned(own_unit)) {
     plan.kernel = NormKernel::kFwdKept;
     p.vector = 1;
-    plan.block_x = threads_per_row(p.columns, kKeptColumns, kKeptColumns);
+    plan.thread_columns = best_thread_columns(p.columns, p.x_dtype);
+    plan.block_x = threads_per_row(p.columns, plan.thread_columns, plan.thread_columns);
   } else {
     plan.kernel = NormKernel::kFwdAny;
     p.vector = rows_aligned(kNarrowUnit);

@@ -28,6 +28,16 @@ def kernels(arch):
     return nvcc.compile_module(CSRC / "cuda" / "launch_norm.cu", arch, f"-I{CSRC}")
 
 
+def instance_name(plan, params):
+    """A part of the mangled name, which no other instantiation has."""
+    name = plans().kernel_name(plan.kernel).decode()
+    if "kept" not in name:
+        return name
+    if "fwd" in name:
+        return f"{name}ILNS_5DTypeE{params.x_dtype}ELi{plan.thread_columns}E"
+    return f"{name}ILNS_5DTypeE{params.s_dtype}E"
+
+
 def _rows(tensor):
     """`tensor` where its rows have one stride and contiguous columns, else a copy; and that stride."""
     rows = tensor.reshape(-1, tensor.shape[-1])
@@ -48,10 +58,7 @@ class Emulator:
     def _launch(self, plan, params, tensors):
         if plan.grid_x == 0 or plan.grid_y == 0:
             return
-        name = plans().kernel_name(plan.kernel).decode()
-        if "kept" in name:
-            name += f"ILNS_5DTypeE{params.x_dtype if 'fwd' in name else params.s_dtype}E"
-        kernel = kernels(self.arch).kernel(name)
+        kernel = kernels(self.arch).kernel(instance_name(plan, params))
         counters = kernel.launch(
             (plan.grid_x, plan.grid_y),
             (plan.block_x, plan.block_y),

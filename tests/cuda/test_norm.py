@@ -12,7 +12,7 @@ from tests.ops.judging import DTYPES, judge
 
 from .emulated import kernels
 
-WIDTHS = (1, 3, 8, 31, 64, 100, 384, 768, 1000, 1024, 4096, 8200)
+WIDTHS = (1, 3, 8, 31, 64, 100, 384, 768, 1000, 1024, 1288, 1608, 4096, 8200)
 KINDS = ("layer", "rms")
 F32, BF16, F16 = DTYPES
 SEED = 12345678901234567
@@ -188,7 +188,7 @@ def test_statistics(emulator):
 # (kind, columns, dtype of x, of residual): every kernel that the launcher can launch, in both directions.
 INSTANTIATIONS = [
     *((width, dtype, dtype) for width in (64, 544) for dtype in DTYPES),
-    *((8200, dtype, dtype) for dtype in (BF16, F16)),
+    *((width, dtype, dtype) for width in (1288, 1608, 8200) for dtype in (BF16, F16)),
     (64, BF16, F32),
     (33, F32, F32),
     (16388, BF16, F32),

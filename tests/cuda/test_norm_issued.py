@@ -10,6 +10,8 @@ from fastformer.testing import norm_inputs
 from tests.gates import cuda_norm_cases
 from tests.gates.issued import Launch, issued
 
+from .emulated import instance_name
+
 
 @pytest.mark.parametrize("op", ("norm_fwd_cuda", "norm_bwd_cuda"))
 @pytest.mark.parametrize("C", (64, 768, 1024))
@@ -26,7 +28,7 @@ def test_as_much_as_the_emulator(emulator, monkeypatch, op, C):
     prepare = cuda_norm_cases._backward if backward else cuda_norm_cases._forward
     params, plan, _ = prepare(cuda_norm_cases.CALLS["bfloat16"], C)
     cubin = cuda_norm_cases._cubin("sm_80")
-    name = cuda_norm_cases._named(cubin, f"{op.removesuffix('_cuda')}_kept_kernelILNS_5DTypeE1E")
+    name = cuda_norm_cases._named(cubin, instance_name(plan, params))
     architecture, code = cuda_norm_cases._kernels(cubin)[name]
     found = []
     for block in range(plan.grid_x):

@@ -125,11 +125,12 @@ def test_forward_plans_cover_every_column(ptx_cache, rows, columns, x, residual,
     name = plans().kernel_name(plan.kernel).decode()
     threads_of(plan)
     assert plan.grid_x * plan.block_y >= rows > (plan.grid_x - 1) * plan.block_y
-    if name != "norm_fwd_wide_kernel":
-        assert plan.block_x * (16 if plan.kernel == 0 else 32) >= columns
-    else:
+    if name == "norm_fwd_wide_kernel":
         assert plan.block_y == 1
+    else:
+        assert plan.block_x * (plan.thread_columns or 32) >= columns
     size = 4 if x == 0 else 2
+    assert (plan.thread_columns > 0) == (name == "norm_fwd_kept_kernel")
     if name == "norm_fwd_kept_kernel":
         assert x == residual and (columns * size) % 16 == 0
         assert offset % 16 == 0 and (stride * size) % 16 == 0

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tests.cuda.emulated import NormBwdParams, NormBwdPlan, NormFwdParams, NormPlan
+from tests.cuda.emulated import NormBwdParams, NormBwdPlan, NormFwdParams, NormPlan, instance_name
 from tests.cuda.structures import CSRC, DTYPES
 
 from . import sass
@@ -40,7 +40,7 @@ CALLS = {
     "float32 dropout": Call(F32, F32, parameters=F32, dropout_p=0.1),
     "mixed dropout": Call(BF16, F32, parameters=F32, dropout_p=0.1),
 }
-WIDTHS = (64, 768, 1024, 1536, 8192)
+WIDTHS = (64, 768, 1024, 1280, 1536, 2048, 8192)
 # Rows that no kernel keeps in registers, but for 16-bit ones backward, as words.
 WIDEST = {"norm_fwd_cuda": 65536, "norm_bwd_cuda": 16384}
 _ELEMENTS = 1 << 24
@@ -111,9 +111,8 @@ def _backward(call: Call, C: int) -> tuple[NormBwdParams, NormPlan, int]:
 def _compile(op: str, call: Call, C: int, target: str) -> Compiled:
     params, plan, row_bytes = (_forward if op == "norm_fwd_cuda" else _backward)(call, C)
     kernel = compiled_plans().kernel_name(plan.kernel).decode()
-    type_of_instantiation = f"ILNS_5DTypeE{params.x_dtype if op == 'norm_fwd_cuda' else params.s_dtype}E"
     cubin = _cubin(target)
-    function = _named(cubin, kernel + (type_of_instantiation if "kept" in kernel else ""))
+    function = _named(cubin, instance_name(plan, params))
     architecture, code = _kernels(cubin)[function]
     grid, block = (plan.grid_x, plan.grid_y), (plan.block_x, plan.block_y)
     bytes_per_slot = None
