@@ -12,39 +12,21 @@ __device__ __forceinline__ RowStatistics load_statistics(const NormBwdParams& p,
   return {real && !p.rms ? p.mean[row] : 0.0f, real ? p.rstd[row] : 0.0f};
 }
 
-// A row of ds and dx: its number, and elements before it. Asked for once, before a thread's units.
-struct GradientRow {
-  int64_t number, first;
-
-  __device__ __forceinline__ GradientRow(const NormBwdParams& p, int64_t row)
-      : number(row), first(row * p.columns) {}
-};
-
 // Writes a unit of ds = g + grad_sum and, with dropout, of dx, and leaves the last in g. `load_grad_sum` is
 // asked where there is one.
 template <int kUnit, typename LoadGradSum>
-__device__ __forceinline__ void finish_gradient(const NormBwdParams& p, DType dtype, bool vector,
-                                                const GradientRow& row, int unit, LoadGradSum load_grad_sum,
-                                                float (&g)[kUnit]) {
+__device__ __forceinline__ void finish_gradient(const NormBwdParams& p, DType dtype, bool vector, int64_t row,
+                                                int unit, LoadGradSum load_grad_sum, float (&g)[kUnit]) {
   if (p.grad_sum != nullptr) {
     float grad_sum[kUnit];
     load_grad_sum(grad_sum);
 #pragma unroll
     for (int e = 0; e < kUnit; ++e) g[e] += grad_sum[e];
   }
-  store_unit(row_at(p.ds, dtype, row.first), dtype, vector, unit, p.columns, g);
+  store_unit(row_at(p.ds, dtype, row * p.columns), dtype, vector, unit, p.columns, g);
   if (p.threshold == 0) return;
-  drop_unit(*p.seed, row.number, unit, p.threshold, p.scale, g);
-  store_unit(row_at(p.dx, dtype, row.first), dtype, vector, unit, p.columns, g);
-}
-
-// g <- rstd (g - mean_of(g) - xhat mean_of(g xhat)).
-template <int kUnit>
-__device__ __forceinline__ void take_means(float rstd, const float (&means)[2], const float (&xhat)[kUnit],
-                                           float (&g)[kUnit]) {
-  const float mean = rstd * means[0], slope = rstd * means[1];
-#pragma unroll
-  for (int e = 0; e < kUnit; ++e) g[e] = fmaf(-xhat[e], slope, fmaf(g[e], rstd, -mean));
+  drop_unit(*p.seed, row, unit, p.threshold, p.scale, g);
+  store_unit(row_at(p.dx, dtype, row * p.columns), dtype, vector, unit, p.columns, g);
 }
 
 // The sums over columns become means; rms has no mean of g.
@@ -118,7 +100,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_bwd_kept_kernel(const __grid
   for (uint32_t first = blockIdx.x * blockDim.y; first < rows; first += step) {
     const int64_t row = first + threadIdx.y;
     const bool real = first + threadIdx.y < rows;
-    uint4 grad_words[kUnits], s_words[kUnits], grad_sum_words[kUnits];
+    uint4 grad_words[kUnits], s_words[kUnits], grad_sum_words[kUnits] = {};
     const int own_units = real ? units : 0;
     load_row(row_at(p.grad_out, kType, row * p.grad_out_stride), own_units, grad_words);
     load_row(row_at(p.s, kType, row * p.s_stride), own_units, s_words);
@@ -150,16 +132,17 @@ __global__ void __launch_bounds__(kMaxThreads) norm_bwd_kept_kernel(const __grid
     row_sum(sums, sums_shared[turn]);
     turn ^= 1;
     sums_to_means(p, sums);
-    const GradientRow to(p, row);
+    const float rstd = statistics.rstd, mean = rstd * sums[0], slope = rstd * sums[1];
 #pragma unroll
     for (int k = 0; k < kUnits; ++k) {
       const int unit = k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
       if (unit >= own_units) continue;
-      take_means(statistics.rstd, sums, xhat[k], g[k]);
+#pragma unroll
+      for (int e = 0; e < kUnit; ++e) g[k][e] = fmaf(-xhat[k][e], slope, fmaf(g[k][e], rstd, -mean));
       const auto load_grad_sum = [&](float (&grad_sum)[kUnit]) {
         unpack(reinterpret_cast<const uint32_t*>(&grad_sum_words[k]), kType, grad_sum);
       };
-      finish_gradient(p, kType, true, to, unit, load_grad_sum, g[k]);
+      finish_gradient(p, kType, true, row, unit, load_grad_sum, g[k]);
     }
   }
   store_line(p, units, dweight, dbias, share_shared);
@@ -230,7 +213,6 @@ __global__ void __launch_bounds__(kMaxThreads)
     turn ^= 1;
     sums_to_means(p, sums);
     const float slope = statistics.rstd * (statistics.rstd * sums[1]);
-    const GradientRow to(p, row);
 #pragma unroll
     for (int k = 0; k < kUnits; ++k) {
       const int unit = unit_of(k);
@@ -246,7 +228,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       const auto load_grad_sum = [&](float (&grad_sum)[kUnit]) {
         load_unit(row_at(p.grad_sum, kType, row * p.grad_sum_stride), kType, true, unit, p.columns, grad_sum);
       };
-      finish_gradient(p, kType, true, to, unit, load_grad_sum, g);
+      finish_gradient(p, kType, true, row, unit, load_grad_sum, g);
     }
   }
   store_line(p, units, dweight, dbias, share_shared);
@@ -286,15 +268,18 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
   row_sum(sums, sums_shared);
   sums_to_means(p, sums);
-  const GradientRow to(p, row.index);
   for (int unit = static_cast<int>(threadIdx.x); unit < units; unit += step) {
     load(unit);
-    take_means(statistics.rstd, sums, xhat, g);
+#pragma unroll
+    for (int e = 0; e < kNarrowUnit; ++e) {
+      // Nothing is left of a row of one column.
+      g[e] = statistics.rstd * fmaf(-xhat[e], sums[1], g[e] - sums[0]);
+    }
     const auto load_grad_sum = [&](float (&grad_sum)[kNarrowUnit]) {
       load_unit(row_at(p.grad_sum, p.grad_sum_dtype, row.index * p.grad_sum_stride), p.grad_sum_dtype,
                 p.vector, unit, p.columns, grad_sum);
     };
-    finish_gradient(p, p.s_dtype, p.vector, to, unit, load_grad_sum, g);
+    finish_gradient(p, p.s_dtype, p.vector, row.index, unit, load_grad_sum, g);
   }
 }
 

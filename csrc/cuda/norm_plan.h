@@ -8,7 +8,7 @@
 // before all that a warp does once, in 120 to 180 slots: addresses, two reductions, statistics. So a lane
 // should bring 32 columns, or up to 64 where a second warp would bring few; what was compiled then moves 7.0
 // to 9.8 bytes a slot (tests/gates counts them). Backward a lane has room for 16 columns beside their shares
-// of two gradients: 6.9 to 9.2. Bytes in flight: 3.35 TB/s at 0.7 us latency is 18 KB an SM, and the 16 warps
+// of two gradients: 6.8 to 9.2. Bytes in flight: 3.35 TB/s at 0.7 us latency is 18 KB an SM, and the 16 warps
 // that 128 registers allow ask for 2 KB of x each before they wait.
 #pragma once
 
