@@ -399,7 +399,7 @@ __global__ void __launch_bounds__(backward_tile(kD, kKind, kType).threads(),
     Head found = head_of(p.call, keys.b, head.h + 1, 0);
     if (keys.n0 >= found.N) return;
     __syncthreads();
-    if constexpr (kKind != BackwardKind::kPlain) {
+    if constexpr (!Pass::kPlain) {
       if (p.call.padding.data != nullptr || p.call.key_mask.data != nullptr) find_real_range(p.call, found);
     }
     if (threadIdx.x == 0) {

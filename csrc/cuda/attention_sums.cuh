@@ -53,6 +53,11 @@ struct SumPass {
     return query_chunks() + (p.kind == SumKind::kWeights ? 0 : (call.D_v + kColumns - 1) / kColumns);
   }
 
+  // The first column of chunk c, of Q and K or of dO and V.
+  __device__ __forceinline__ int first_column(int c) const {
+    return (c < query_chunks() ? c : c - query_chunks()) * kColumns;
+  }
+
   // All threads must call.
   __device__ __forceinline__ void take_head(int b, int h) {
     __syncthreads();  // everybody is done with the last one
@@ -96,11 +101,11 @@ struct SumPass {
     const int left = head.M - m0 - Copier::first_row();
     const auto is_query = [&](int i) { return i * Copier::kStep < left; };
     const auto is_key = [&](int i) { return real.has(i * Copier::kStep + Copier::first_row()); };
+    const int column = first_column(c);
     if (c < query_chunks()) {
-      copy(call.query, head.h, head.first_query + m0, call.D, c * kColumns, place, is_query);
-      copy(call.key, head.h_kv, head.first_key + n0, call.D, c * kColumns, place + kPlaceOfKeys, is_key);
+      copy(call.query, head.h, head.first_query + m0, call.D, column, place, is_query);
+      copy(call.key, head.h_kv, head.first_key + n0, call.D, column, place + kPlaceOfKeys, is_key);
     } else if (c < chunks()) {
-      const int column = (c - query_chunks()) * kColumns;
       copy(p.bwd.grad_out, head.h, head.first_query + m0, call.D_v, column, place, is_query);
       copy(call.value, head.h_kv, head.first_key + n0, call.D_v, column, place + kPlaceOfKeys, is_key);
     }
@@ -115,8 +120,7 @@ struct SumPass {
     const uint32_t rows = units_then_rows<kBlock>(shared) + warp_row * kPanelPitch + c % 2 * kStage;
     const uint32_t keys = rows_then_units<kBlock>(shared) + warp_key * kPanelPitch + c % 2 * kStage;
     if constexpr (kFloat32) {
-      const int left =
-          c < query_chunks() ? call.D - c * kColumns : call.D_v - (c - query_chunks()) * kColumns;
+      const int left = (c < query_chunks() ? call.D : call.D_v) - first_column(c);
       add_float32_rows<kBlock, kBlock>(rows, keys + kPlaceOfKeys, min(left, kColumns), products);
     } else if (call.dtype == DType::kBFloat16) {
       add_rows_by_rows<DType::kBFloat16, kBlock, kBlock, kBlock>(rows, 0, keys, kPlaceOfKeys, products);
