@@ -129,6 +129,13 @@ def test_frozen_parameters_cost_no_reduction(emulator):
     assert [name for name, _ in emulator.launched if "bwd" in name and "kept" not in name] == []
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_one_column_has_no_gradient(emulator, dtype):
+    inputs = norm_inputs(5, 1, dtype=dtype, requires_grad=True)
+    fastformer.layer_norm(inputs["x"], (1,), inputs["weight"], inputs["bias"], backend="cuda").sum().backward()
+    assert not inputs["x"].grad.any()
+
+
 @pytest.mark.parametrize("offset", [100.0, -3000.0])
 def test_means_far_from_zero(emulator, offset):
     judge_plain_norm(norm_inputs(4, 1024, offset=offset, requires_grad=True), "layer")
