@@ -32,8 +32,6 @@ struct BackwardPass {
   static constexpr int kScoreRows = kTile.score_rows, kRowTiles = kBlockM / 16 / kScoreRows;
   static constexpr int kScoreWarps = kBlockN / 8 < kWarps / kScoreRows ? kScoreRows * kBlockN / 8 : kWarps;
   static constexpr int kTiles = kBlockN / 8 / (kScoreWarps / kScoreRows);
-  // Of float32: the second 8 of 16 keys lie 16 columns after the first, where apart_column has them.
-  static constexpr int kSpread = kFloat32 && kBlockN == 16 ? 2 : 1;
   // Of dK and dV, of [kBlockN, kD].
   static constexpr int kKeyRows = kTile.key_rows, kKeyRowTiles = kBlockN / 16 / kKeyRows;
   static constexpr int kKeyTiles = kD / 8 / (kWarps / kKeyRows);
@@ -193,9 +191,8 @@ struct BackwardPass {
   __device__ __forceinline__ void make_scores() {
     const uint32_t rows = rows_of_warp + stage;
     const uint32_t columns = rows_then_units<kColumns>(shared) + warp_key * kPanelPitch;
-    const uint32_t place =
-        kFloat32 ? float_place_of_lane<kBlockM>(shared + kPlaceOfP, warp_row, kSpread * warp_key)
-                 : place_of_lane<kBlockM>(shared + kPlaceOfP, warp_row, warp_key);
+    const uint32_t place = kFloat32 ? float_place_of_lane<kBlockM>(shared + kPlaceOfP, warp_row, warp_key)
+                                    : place_of_lane<kBlockM>(shared + kPlaceOfP, warp_row, warp_key);
     const int i0 = tile * kBlockM + warp_row, j0 = keys.n0 + warp_key;
     RowPivot pivots[kRowTiles][2];
     Scores weights, grads, slopes;
@@ -269,18 +266,17 @@ struct BackwardPass {
   __device__ __forceinline__ void add_float32_gradients(const float* so_far, float* sums) {
     constexpr bool kKept = kD <= 128;
     const int first_column = warp / kKeyRows * 8 * kKeyTiles;
-    const uint32_t weights = apart_columns_of_lane<kBlockM>(shared + kPlaceOfP, warp % kKeyRows);
+    const uint32_t weights = columns_of_scores<kBlockM>(shared + kPlaceOfP, warp % kKeyRows);
     const uint32_t rows = apart_columns_of_lane<kBlockM>(shared + kPlaceOfQ + stage, first_column / 16);
     const auto of_keys = [&](uint32_t place) {
       return [=](int chunk, int s, uint32_t (&words)[4]) {
-        load_apart(place + (chunk * kFloatPanel + 8 * s) * kPanelPitch, words);
+        load_columns<16>(place + (chunk * kFloatPanel + 8 * s) * kPanelPitch, words);
       };
     };
     add_float32_columns<kBlockM, kKept>(of_keys(weights), rows + kGradOut, call.D_v - first_column, dv);
-    const uint32_t grads =
-        units_then_rows<kColumns>(shared + kPlaceOfP + kScores) + Sums::first_row(warp) * kPanelPitch;
+    const uint32_t grads = rows_of_scores(shared + kPlaceOfP + kScores) + Sums::first_row(warp) * kPanelPitch;
     const auto of_queries = [&](int chunk, int s, uint32_t (&words)[4]) {
-      load_matrices(at_step(grads, kSpread * s) + chunk * kBlockM * kPanelPitch, words);
+      load_matrices(at_step(grads, s) + chunk * kBlockM * kPanelPitch, words);
     };
 #pragma unroll
     for (int first = 0; first < Sums::kTiles; first += kPart) {
@@ -342,8 +338,7 @@ struct BackwardPass {
                                                   const float (&sums)[kKeyRowTiles][kKeyTiles][4]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int column = apart_column(lane_row(), warp % kKeyRows) + r;
-      const int key = keys.n0 + column % 16 + column / 16 * (16 / kSpread);
+      const int key = keys.n0 + 16 * (warp % kKeyRows) + 2 * lane_row() + r;
       if (key >= head.N) continue;
       float* const row = static_cast<float*>(to.data) + head.b * to.stride_b + head.h_kv * to.stride_h +
                          (head.first_key + key) * to.stride_row;

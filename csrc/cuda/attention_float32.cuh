@@ -164,14 +164,35 @@ __device__ __forceinline__ void multiply_float32_values(uint32_t v_address, int 
   }
 }
 
+// A tile of scores is stored as accumulators have it, sixteen lanes together four rows of two units, and read
+// down its columns the same way. So that both meet all banks once, unit u of row r lies at u ^ s, s = r mod 8
+// turned by a bit: 0, 2, 4, 6, 1, 3, 5, 7. Eight rows of one unit, as ldmatrix reads them, do so as well.
+__device__ __forceinline__ uint32_t place_of_scores(int row, int unit) {
+  return row * kPanelPitch + (unit ^ ((row & 3) << 1 | (row >> 2 & 1))) * 16;
+}
+
 // Where a lane keeps the first two elements of a warp's accumulators in a tile of kRows rows, where those
-// begin at `row` and `column`, multiples of 8. (Two lanes of sixteen meet in a bank: it is little that goes
-// this way.)
+// begin at `row` and `column`, multiples of 8.
 template <int kRows>
 __device__ __forceinline__ uint32_t float_place_of_lane(uint32_t tile, int row, int column) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  return at_column<kRows>(tile + row * kPanelPitch + place_in_panel<64>(lane / 4, lane % 4 / 2), 2 * column) +
+  return at_column<kRows>(tile + row * kPanelPitch + place_of_scores(lane / 4, lane % 4 / 2), 2 * column) +
          lane % 2 * 8;
+}
+
+// As units_then_rows, of a tile of scores.
+__device__ __forceinline__ uint32_t rows_of_scores(uint32_t shared) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  return shared + place_of_scores(lane % 16, lane / 16);
+}
+
+// Where columns 2 g and 2 g + 1, g = lane / 4, of the `sixteen`-th 16 lie in row t = lane % 4 of a tile of
+// scores of kRows rows; of row t + 4: four rows further, after ^ 16.
+template <int kRows>
+__device__ __forceinline__ uint32_t columns_of_scores(uint32_t shared, int sixteen) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, column = 16 * sixteen + lane / 4 * 2;
+  return shared + column / kFloatPanel * (kRows * kPanelPitch) +
+         place_of_scores(lane % 4, column % kFloatPanel / 4) + column % 4 * 4;
 }
 
 template <int kRows, int kRowTiles, int kTiles>
@@ -211,10 +232,12 @@ __device__ __forceinline__ uint32_t apart_columns_of_lane(uint32_t shared, int s
          place_in_panel<64>(lane % 4, column % kFloatPanel / 4) + column % 4 * 4;
 }
 
-// Both rows' words of 8 rows at an address of apart_columns_of_lane: as operand a column 0 of row t, column
-// 1, then of row t + 4.
-__device__ __forceinline__ void load_apart(uint32_t address, uint32_t (&words)[4]) {
-  const uint2 first = load_shared_pair(address), second = load_shared_pair((address ^ 64) + 4 * kPanelPitch);
+// Both rows' words of 8 rows at an address of columns_of_scores, kTurn = 16, or of apart_columns_of_lane, 64:
+// as operand a column 0 of row t, column 1, then of row t + 4.
+template <uint32_t kTurn>
+__device__ __forceinline__ void load_columns(uint32_t address, uint32_t (&words)[4]) {
+  const uint2 first = load_shared_pair(address);
+  const uint2 second = load_shared_pair((address ^ kTurn) + 4 * kPanelPitch);
   words[0] = first.x, words[1] = first.y, words[2] = second.x, words[3] = second.y;
 }
 
@@ -244,7 +267,7 @@ __device__ __forceinline__ void add_float32_columns(LoadA load_a, uint32_t b_add
       for (int s = 0; s < kSteps; ++s) {
         uint32_t b[4];
         if (!kKept) load_a(chunk, s, a[s]);
-        load_apart(place + 8 * s * kPanelPitch, b);
+        load_columns<64>(place + 8 * s * kPanelPitch, b);
         multiply_apart(part[0][0], cross[0][0], a[s], b[0], b[2]);
         multiply_apart(part[0][1], cross[0][1], a[s], b[1], b[3]);
       }
