@@ -169,9 +169,10 @@ def misses(readings: Sequence[Reading]) -> list[str]:
         repeats = EXCUSED_REPEATS.get((reading.kernel, width), MOST_REPEATS)
         if reading.repeats > repeats:
             found.append(f"{reading.kernel} runs its products {reading.repeats:.2f} times; {repeats} allowed")
-        if reading.gated and (reading.bytes_per_slot or LEAST_BYTES_PER_SLOT) < LEAST_BYTES_PER_SLOT:
-            moved = f"{reading.bytes_per_slot:.1f} bytes of DRAM to an instruction"
-            found.append(f"{reading.kernel} moves {moved}; at least {LEAST_BYTES_PER_SLOT} wanted")
+        moved, wanted = reading.bytes_per_slot, LEAST_BYTES_PER_SLOT
+        if reading.gated and moved is not None and moved < wanted:
+            sentence = f"moves {moved:.1f} bytes of DRAM to an instruction; at least {wanted} wanted"
+            found.append(f"{reading.kernel} {sentence}")
         if (
             reading.tensor_cores
             and reading.kernel in MULTIPLYING
