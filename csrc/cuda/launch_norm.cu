@@ -3,6 +3,8 @@
 // architecture, and the tests compile this file to PTX by itself.
 #include <cuda_runtime.h>
 
+#include <iterator>
+
 #include "allow_shared.h"
 #include "norm_bwd.cuh"
 
@@ -17,12 +19,14 @@ DType type_of(const NormBwdParams& p) { return p.s_dtype; }
 
 template <DType kType>
 Kernel<NormFwdParams> norm_fwd_kept(int columns) {
-  if (columns == 32) return norm_fwd_kept_kernel<kType, 32>;
-  return columns == 48 ? norm_fwd_kept_kernel<kType, 48> : norm_fwd_kept_kernel<kType, 64>;
+  constexpr auto& kEach = kThreadColumns;
+  static_assert(std::size(kEach) == 3);
+  if (columns == kEach[0]) return norm_fwd_kept_kernel<kType, kEach[0]>;
+  return columns == kEach[1] ? norm_fwd_kept_kernel<kType, kEach[1]> : norm_fwd_kept_kernel<kType, kEach[2]>;
 }
 
 Kernel<NormFwdParams> norm_fwd_kept(DType dtype, int columns) {
-  if (dtype == DType::kFloat32) return norm_fwd_kept_kernel<DType::kFloat32, 32>;
+  if (dtype == DType::kFloat32) return norm_fwd_kept_kernel<DType::kFloat32, kThreadColumns[0]>;
   return dtype == DType::kBFloat16 ? norm_fwd_kept<DType::kBFloat16>(columns)
                                    : norm_fwd_kept<DType::kFloat16>(columns);
 }

@@ -293,6 +293,18 @@ def test_packed_tiles_have_slots_of_their_own(ptx_cache, lengths, D, most, dtype
     assert plan.rows == p.slots * plan.block_m
 
 
+@pytest.mark.parametrize("D, least", ((64, 97), (128, 73), (256, 69)))
+def test_what_fits_no_chip_is_told(ptx_cache, D, least):
+    """Float32 takes `least` KB, of which 1 beside its tiles; where there is less the plan has no width."""
+    for kilobytes, planned in ((least, D), (least - 1, 0)):
+        p, plan = AttentionBwdParams(), AttentionBwdPlan()
+        p.call.B, p.call.H, p.call.group, p.call.M, p.call.N = 1, 1, 1, 40, 40
+        p.call.D, p.call.D_v, p.call.dtype = D, D, DTYPES[F32]
+        sizes = ctypes.c_int64(0), ctypes.c_int64(kilobytes * 1024)
+        plans().plan_attention_backward(ctypes.byref(p), *sizes, ctypes.byref(plan))
+        assert plan.block_d == planned
+
+
 @pytest.mark.slow
 def test_every_instantiation_runs(gradient_emulator):
     for D, dtype, most in itertools.product((63, 64, 127, 128, 200), TYPES, (A100, ADA)):

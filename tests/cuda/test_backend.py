@@ -113,7 +113,6 @@ class OnCuda:
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.bfloat16
     device: torch.device = GPU
-    requires_grad: bool = False
 
     def is_floating_point(self):
         return self.dtype.is_floating_point
